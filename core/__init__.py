@@ -1,0 +1,1 @@
+"""The ground floor: errors, typed configs, the registry, stable hashing, logging."""
