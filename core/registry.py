@@ -26,7 +26,7 @@ import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import Field, ValidationError, create_model
 from pydantic_core import PydanticCustomError, core_schema
@@ -42,10 +42,7 @@ class PartConfig(Config):
     """A part chosen by name, with its options. `build` makes the part."""
 
     name: str
-
-    @property
-    def entry(self) -> Entry:
-        raise NotImplementedError("only derived configs have an entry")
+    entry: ClassVar[Entry]  # set on each derived model
 
     def build(self, **context: Any) -> Any:
         """Construct the part, taking from `context` the structural arguments it asks for."""
@@ -138,7 +135,7 @@ def _derive(
     cannot: dict[str, str],
 ) -> Entry:
     """Read the options off the signature and make the config model."""
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    function = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(function, include_extras=True)
     texts = _argument_texts(inspect.getdoc(target) or "")
     structural, required, fields = [], [], {}
@@ -160,9 +157,18 @@ def _derive(
         f"{slot}:{name}", __base__=PartConfig, name=(str, name), **fields
     )
     entry = Entry(
-        slot, name, target, paper, title, aliases, cannot, tuple(structural), tuple(required), config
+        slot=slot,
+        name=name,
+        target=target,
+        paper=paper,
+        title=title,
+        aliases=aliases,
+        cannot=cannot,
+        structural=tuple(structural),
+        required=tuple(required),
+        config=config,
     )
-    config.entry = property(lambda self: entry)
+    config.entry = entry
     config.__doc__ = inspect.getdoc(target)
     return entry
 
@@ -201,7 +207,7 @@ def import_all(package: str) -> None:
 
 
 def export(package: str, namespace: dict[str, Any]) -> None:
-    """Give a package of mechanisms the names its modules register: `from model.norms import RMSNorm`."""
+    """Give a package the names its modules register: `from model.norms import RMSNorm`."""
     import_all(package)
     for table in _entries.values():
         for entry in table.values():
@@ -268,7 +274,7 @@ def build(slot: str, spec: Any, **context: Any) -> Any:
 class Slot:
     """Marks a config field or an option as a part chosen by name.
 
-        mixer: Annotated[Any, Slot("mixer")] = "attention"
+    mixer: Annotated[Any, Slot("mixer")] = "attention"
     """
 
     def __init__(self, slot: str, optional: bool = False):

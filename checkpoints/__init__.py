@@ -1,0 +1,1 @@
+"""Saving and restoring as a transaction, at any topology."""

@@ -1,0 +1,1 @@
+"""Meshes, engines and sharding: how one model runs on many devices."""
