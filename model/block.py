@@ -1,0 +1,119 @@
+"""The block: sublayers that read the stream, compute inside the region and write back.
+
+Axes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from core.config import Config
+from core.errors import UserError
+from core.registry import PartConfig, Slot, build
+from model.leaves import Axis, Dropout, DropPath, NormVector, leaves
+from model.placements.base import Placement
+from model.residuals.base import Residual
+from model.stream import Stream
+
+
+class BlockConfig(Config):
+    """One block: what fills each slot."""
+
+    norm: Annotated[Any, Slot("norm")] = "rmsnorm"
+    placement: Annotated[Any, Slot("placement")] = "pre"
+    """Where the norms stand."""
+    residual: Annotated[Any, Slot("residual")] = "standard"
+    """The residual topology."""
+    mixer: Annotated[Any, Slot("mixer")] = "attention"
+    """What lets tokens see each other."""
+    cross: Annotated[Any, Slot("mixer", optional=True)] = None
+    """A mixer that reads an encoder's output, between `mixer` and `feedforward`."""
+    position: Annotated[Any, Slot("position")] = "rope"
+    feedforward: Annotated[Any, Slot("feedforward")] = "swiglu"
+    activation: Annotated[Any, Slot("activation", optional=True)] = None
+    """The nonlinearity, for feed-forwards that let the block choose it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on each branch's output."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance to drop a whole branch of a sample, rising linearly from 0 to this with depth."""
+    layer_scale: float | None = None
+    """First value of a gain per channel on each branch's output (2103.17239); null: no gain."""
+
+
+class Sublayer(nn.Module):
+    """One residual branch: norms around a mixer or a feed-forward, joined to the stream."""
+
+    def __init__(self, branch: nn.Module, config: BlockConfig, context: dict[str, Any]):
+        super().__init__()
+        dim: int = context["dim"]
+        self.residual: Residual = build("residual", config.residual, **context)
+        self.placement: Placement = build("placement", config.placement, **context)
+        self.axis = Axis()
+        self.branch = branch
+        for _, leaf in leaves(branch):
+            leaf.inside = True
+        self.scale = (
+            NormVector(dim, fill=config.layer_scale) if config.layer_scale is not None else None
+        )
+        self.dropout = Dropout(config.dropout)
+        depth = max(context["depth"] - 1, 1)
+        self.drop_path = DropPath(config.drop_path * context["layer"] / depth)
+        if self.placement.closes and self.residual.defers:
+            raise UserError(
+                "this residual leaves a sum pending, so no norm can close over it; "
+                "use placement: pre or sandwich with it, or residual: standard"
+            )
+
+    def forward(self, stream: Stream) -> None:
+        """Update the stream in place; the block has made its own copy."""
+        x_BTD = self.placement.before(self.residual.read(stream))
+        y_BTD = self.branch(self.axis.ops.enter(x_BTD), stream)
+        y_BTD = self.placement.after(y_BTD)
+        if self.scale is not None:
+            y_BTD = y_BTD * self.scale()
+        self.residual.write(stream, self.drop_path(self.dropout(y_BTD)))
+        if self.placement.closes:
+            stream.hidden = self.placement.close(stream.hidden)
+
+
+class Block(nn.Module):
+    """Mixer, optional cross-mixer and feed-forward: Stream → Stream.
+
+    `context` holds the structural arguments: dim, layer, depth, causal, max_length, grid.
+    """
+
+    def __init__(self, config: BlockConfig, context: dict[str, Any]):
+        super().__init__()
+        context = {
+            **context,
+            "norm": config.norm,
+            "position": config.position,
+            "block_activation": config.activation,
+        }
+        self.sublayers = nn.ModuleDict()
+        slots: list[tuple[Literal["mixer", "cross", "feedforward"], str, Any]] = [
+            ("mixer", "mixer", config.mixer),
+            ("cross", "mixer", config.cross),
+            ("feedforward", "feedforward", config.feedforward),
+        ]
+        present = [(name, slot, spec) for name, slot, spec in slots if _wanted(spec)]
+        for index, (name, slot, spec) in enumerate(present):
+            inner = {**context, "branch": name, "sublayer": len(present) * context["layer"] + index}
+            self.sublayers[name] = Sublayer(build(slot, spec, **inner), config, inner)
+
+    @property
+    def residuals(self) -> list[Residual]:
+        return [child.residual for child in self.sublayers.values()]  # type: ignore[misc]
+
+    def forward(self, stream: Stream) -> Stream:
+        stream = stream.copy()
+        for sublayer in self.sublayers.values():
+            sublayer(stream)
+        return stream
+
+
+def _wanted(spec: Any) -> bool:
+    return spec is not None and not (isinstance(spec, PartConfig) and spec.name == "none")

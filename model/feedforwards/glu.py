@@ -1,0 +1,102 @@
+"""Gated feed-forwards (Shazeer 2020, 2002.05202).
+
+    y = W_down · (act(W_gate · x) ⊙ W_up · x)
+
+Axes: B batch, T tokens, D width, F hidden channels.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from core.registry import Slot, build, register
+from model.feedforwards.mlp import hidden_width
+from model.leaves import ColumnLinear, Dropout, RowLinear
+from model.stream import Stream
+
+_SOURCE: Any = {"paper": "2002.05202", "title": "GLU Variants Improve Transformer"}
+_Ratio = Annotated[float, Field(gt=0)]
+_Width = Annotated[int | None, Field(gt=0)]
+_Multiple = Annotated[int, Field(gt=0)]
+_Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@register("feedforward", "glu", **_SOURCE)
+class GLU(nn.Module):
+    """Gated linear unit; with the default gate, the sigmoid form.
+
+    Args:
+        ratio: hidden channels as a multiple of the width; 8/3 has as many parameters as an MLP of 4.
+        width: hidden channels, instead of `ratio`.
+        multiple_of: round the hidden channels up to a multiple of this.
+        bias: use biases.
+        activation: the gate's nonlinearity.
+        dropout: dropout on the hidden channels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        ratio: _Ratio = 8 / 3,
+        width: _Width = None,
+        multiple_of: _Multiple = 1,
+        bias: bool = False,
+        activation: Annotated[Any, Slot("activation")] = "sigmoid",
+        dropout: _Rate = 0.0,
+    ):
+        super().__init__()
+        hidden = hidden_width(dim, ratio, width, multiple_of)
+        self.gate = ColumnLinear(dim, hidden, bias)
+        self.up = ColumnLinear(dim, hidden, bias)
+        self.activation = build("activation", activation, dim=hidden)
+        self.dropout = Dropout(dropout)
+        self.down = RowLinear(hidden, dim, bias)
+
+    def forward(self, x_BTD: Tensor, stream: Stream | None = None) -> Tensor:
+        h_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        y_BTD: Tensor = self.down(self.dropout(h_BTF))
+        return y_BTD
+
+
+def _variant(name: str, activation: str, formula: str) -> type[GLU]:
+    """Register a gated feed-forward whose gate is fixed by its name."""
+
+    class Variant(GLU):
+        def __init__(
+            self,
+            dim: int,
+            *,
+            ratio: _Ratio = 8 / 3,
+            width: _Width = None,
+            multiple_of: _Multiple = 1,
+            bias: bool = False,
+            dropout: _Rate = 0.0,
+        ):
+            super().__init__(
+                dim,
+                ratio=ratio,
+                width=width,
+                multiple_of=multiple_of,
+                bias=bias,
+                activation=activation,
+                dropout=dropout,
+            )
+
+    Variant.__name__ = Variant.__qualname__ = name.replace("glu", "GLU").replace("s", "S", 1)
+    Variant.__doc__ = (
+        (GLU.__doc__ or "")
+        .replace(
+            "Gated linear unit; with the default gate, the sigmoid form.", f"Gated: {formula}."
+        )
+        .replace("        activation: the gate's nonlinearity.\n", "")
+    )
+    return register("feedforward", name, **_SOURCE)(Variant)
+
+
+SwiGLU = _variant("swiglu", "silu", "W_down · (silu(W_gate x) ⊙ W_up x)")
+GeGLU = _variant("geglu", "gelu", "W_down · (gelu(W_gate x) ⊙ W_up x)")
+ReGLU = _variant("reglu", "relu", "W_down · (relu(W_gate x) ⊙ W_up x)")

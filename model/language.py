@@ -1,0 +1,147 @@
+"""Language models: decoder, encoder and encoder-decoder.
+
+Axes: B batch, T tokens, S source tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from core.config import Config
+from core.errors import UserError
+from core.registry import Slot
+from model.block import BlockConfig
+from model.leaves import Axis, Dropout, VocabEmbedding, VocabHead
+from model.output import Batch, ModelOutput
+from model.stack import Stack, input_position
+from model.stream import Stream
+
+
+def as_pattern(value: Any) -> Any:
+    """A single block stands for a pattern of one."""
+    return value if isinstance(value, list) else [value]
+
+
+class LanguageConfig(Config):
+    """A language model."""
+
+    kind: Literal["language"] = "language"
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    dim: Annotated[int, Field(gt=0)] = 256
+    """Model width D."""
+    depth: Annotated[int, Field(gt=0)] = 8
+    """Number of blocks (of the decoder, in an encoder-decoder)."""
+    vocab: Annotated[int, Field(gt=0)] | Literal["from_tokenizer"] = "from_tokenizer"
+    """Vocabulary size V."""
+    block: list[BlockConfig] = [BlockConfig()]
+    """One block, or a list of blocks that repeats over the depth."""
+    encoder_depth: Annotated[int | None, Field(gt=0)] = None
+    """Blocks of the encoder; as `depth` if not given."""
+    encoder_block: list[BlockConfig] | None = None
+    """The encoder's blocks; as `block`, without `cross`, if not given."""
+    max_length: Annotated[int, Field(gt=0)] | Literal["from_data"] = "from_data"
+    """The longest sequence; position tables end there."""
+    tie_embeddings: bool = True
+    """Use the embedding table as the head's weight."""
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mask_documents: bool = True
+    """Keep packed documents from seeing each other."""
+    logit_softcap: Annotated[float | None, Field(gt=0)] = None
+    """Logits become c·tanh(logit / c)."""
+    init: Annotated[Any, Slot("init")] = "normal"
+
+    @field_validator("block", "encoder_block", mode="before")
+    @classmethod
+    def _pattern(cls, value: Any) -> Any:
+        return None if value is None else as_pattern(value)
+
+
+class LanguageModel(nn.Module):
+    """Tokens → logits or losses. Build it with `model.zoo.build_model`.
+
+    `forward(batch)` takes `tokens` BT, and optionally `targets` BT (−100 is not counted),
+    `documents` BT, `positions` BT; an encoder-decoder also takes `source` BS and
+    `source_documents` BS.
+    """
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        if config.vocab == "from_tokenizer" or config.max_length == "from_data":
+            raise UserError(
+                "model.vocab and model.max_length must be numbers to build a model without data; "
+                "set them, e.g. model.vocab=4096 model.max_length=512"
+            )
+        self.config, self.init = config, config.init
+        both = config.architecture == "encoder_decoder"
+        encoder_depth = (config.encoder_depth or config.depth) if both else 0
+        self.depth = config.depth + encoder_depth
+        context: dict[str, Any] = {
+            "dim": config.dim,
+            "max_length": config.max_length,
+            "grid": None,
+            "causal": config.architecture != "encoder",
+        }
+        self.axis = Axis()
+        self.embedding = VocabEmbedding(config.vocab, config.dim)
+        self.position = input_position(config.block, context)
+        self.dropout = Dropout(config.embedding_dropout)
+        self.encoder: Stack | None = None
+        if both:
+            blocks = config.encoder_block or [b.replace(cross=None) for b in config.block]
+            self.encoder = Stack(blocks, encoder_depth, {**context, "causal": False})
+            if not any(block.cross for block in config.block):
+                raise UserError(
+                    "model.block.cross: an encoder_decoder needs it, e.g. cross_attention"
+                )
+        self.stack = Stack(config.block, config.depth, context)
+        tied = self.embedding if config.tie_embeddings else None
+        self.head = VocabHead(config.dim, config.vocab, tied)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        return self.finish(self.stack(self.embed(batch)), batch)
+
+    def embed(self, batch: Batch, cache: Any = None) -> Stream:
+        """The stream that enters the decoder's first block."""
+        masked = self.config.mask_documents
+        stream = self._open(
+            batch["tokens"],
+            batch.get("documents") if masked else None,
+            batch.get("positions") if masked or cache is not None else None,
+        )
+        stream.cache = cache
+        if self.encoder is not None:
+            if "source" not in batch:
+                raise UserError("an encoder_decoder's batch needs 'source' tokens")
+            source = self._open(
+                batch["source"], batch.get("source_documents") if masked else None, None
+            )
+            encoded = self.encoder(source)
+            # Entered once here, so that every cross-attention reads the same gathered memory.
+            stream.memory = self.axis.ops.enter(encoded.hidden)
+            stream.memory_documents = source.documents
+            stream.losses, stream.metrics = encoded.losses, encoded.metrics
+        return stream
+
+    def _open(self, ids: Tensor, documents: Tensor | None, positions: Tensor | None) -> Stream:
+        x_BTD = self.embedding(ids)
+        if self.position is not None:
+            # The table is looked up for the whole sequence and cut to the stream's share of tokens.
+            zeros = torch.zeros(*ids.shape, x_BTD.shape[-1], dtype=x_BTD.dtype, device=ids.device)
+            x_BTD = x_BTD + self.axis.ops.shard_sequence(self.position.embed(zeros, positions))
+        return Stream(self.dropout(x_BTD), positions=positions, documents=documents)
+
+    def finish(self, stream: Stream, batch: Batch) -> ModelOutput:
+        """Losses where the batch has targets, logits where it has none."""
+        softcap = self.config.logit_softcap
+        losses = logits = None
+        if "targets" in batch:
+            losses = self.head.loss(stream.hidden, batch["targets"], softcap)
+        else:
+            logits = self.head(stream.hidden)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+        return ModelOutput(losses, logits, stream.losses, stream.metrics, stream)

@@ -1,0 +1,129 @@
+"""Multi-head attention: multi-head, grouped-query and multi-query.
+
+Axes: B batch, T tokens, D width, H query heads, G key-value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor
+
+from core.errors import UserError
+from core.registry import Slot, build, register
+from model.attention import Backend, Scores, attend
+from model.leaves import ColumnLinear, RowLinear
+from model.mixers.base import Mixer
+from model.positions.base import Position, span
+from model.stream import Stream
+
+_Positive = Annotated[int | None, Field(gt=0)]
+
+
+@register(
+    "mixer",
+    "attention",
+    paper="1706.03762",
+    title="Attention Is All You Need",
+    aliases=["multi_head", "grouped_query", "multi_query"],
+)
+class Attention(Mixer):
+    """softmax(q kᵀ / sqrt(K)) v over heads (Vaswani et al. 2017).
+
+    With `kv_heads` below `heads`, groups of query heads share keys and values (Ainslie et al. 2023,
+    2305.13245); with `kv_heads: 1` all do (Shazeer 2019, 1911.02150).
+
+    Args:
+        heads: query heads.
+        kv_heads: key-value heads; as many as `heads` if not given.
+        head_dim: width of a head; D / heads if not given.
+        bias: biases in the query, key and value projections.
+        out_bias: a bias in the output projection; as `bias` if not given.
+        qk_norm: a norm over each head's queries and keys, before positions.
+        window: how many of the latest tokens a query sees (the nearest on both sides without
+            causality).
+        scale: multiplies the scores; 1/sqrt(K) if not given.
+        softcap: scores become c·tanh(score / c) (Gemma Team 2024, 2408.00118).
+        dropout: dropout on the attention weights.
+        backend: reference, sdpa, flex or flash; auto takes the fastest that can do what is asked.
+    """
+
+    caches = True
+
+    def __init__(
+        self,
+        dim: int,
+        causal: bool = False,
+        position: Any = "none",
+        max_length: int | None = None,
+        grid: tuple[int, int] | None = None,
+        *,
+        heads: Annotated[int, Field(gt=0)] = 8,
+        kv_heads: _Positive = None,
+        head_dim: _Positive = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        window: _Positive = None,
+        scale: Annotated[float | None, Field(gt=0)] = None,
+        softcap: Annotated[float | None, Field(gt=0)] = None,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        groups = kv_heads or heads
+        if heads % groups:
+            raise UserError(f"attention: heads ({heads}) must be a multiple of kv_heads ({groups})")
+        if head_dim is None and dim % heads:
+            raise UserError(f"attention: dim ({dim}) must be a multiple of heads ({heads})")
+        self.head_dim = head_dim or dim // heads
+        self.heads, self.kv_heads = heads, groups
+        self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
+        self.dropout, self.backend = dropout, backend
+        self.q = ColumnLinear(dim, heads * self.head_dim, bias)
+        self.k = ColumnLinear(dim, groups * self.head_dim, bias)
+        self.v = ColumnLinear(dim, groups * self.head_dim, bias)
+        self.q_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
+        self.k_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
+        self.position: Position = build(
+            "position",
+            position,
+            dim=dim,
+            heads=heads,
+            head_dim=self.head_dim,
+            max_length=max_length,
+            grid=grid,
+            causal=causal,
+        )
+        self.out = RowLinear(heads * self.head_dim, dim, bias if out_bias is None else out_bias)
+
+    def forward(self, x_BTD: Tensor, stream: Stream) -> Tensor:
+        q = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        bias = None
+        if self.position.place == "attention":
+            q, k = self.position.rotate(q, k, stream.positions)
+            if self.position.biases:
+                at_BT = span(x_BTD, stream.positions)
+                bias = self.position.bias(at_BT, at_BT)
+        scores = Scores(
+            causal=self.causal,
+            window=self.window,
+            documents=stream.documents,
+            bias=bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=self.dropout if self.training else 0.0,
+            scratch=stream.scratch,
+        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y_BHTK = attend(q, k, v, scores, self.backend)
+        y_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).flatten(2))
+        return y_BTD
+
+    def math_flops(self, batch: int, tokens: int) -> int:
+        return 4 * batch * tokens * tokens * self.heads * self.head_dim

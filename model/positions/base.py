@@ -1,0 +1,41 @@
+"""The position protocol. Axes: B batch, T tokens, D width, H heads, K head width.
+
+A position works in one place: "input" (a table added once, after the embedding) or "attention"
+(inside each attention layer: rotating queries and keys, or biasing scores).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class Position(nn.Module):
+    """Base: does nothing. Subclasses set `place` and override what they need."""
+
+    place: Literal["input", "attention", "none"] = "none"
+    biases: bool = False
+    """Whether `bias` adds to the scores."""
+
+    def embed(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """At the input, on the whole sequence: x with positions added."""
+        return x_BTD
+
+    def rotate(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, positions_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """In attention: queries and keys with their positions in them."""
+        return q_BTHK, k_BTHK
+
+    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+        """In attention: what is added to the scores, [B or 1, H, T, S]."""
+        raise NotImplementedError
+
+
+def span(x_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    """The positions, or 0…T−1 as one row where there are none."""
+    if positions_BT is not None:
+        return positions_BT
+    return torch.arange(x_BT.shape[1], device=x_BT.device)[None]

@@ -1,0 +1,74 @@
+"""The stack: a pattern of blocks, repeated over the depth, and the norm at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from core.errors import UserError
+from core.registry import build, resolve
+from model.block import Block, BlockConfig
+from model.positions.base import Position
+from model.stream import Stream
+
+
+class Stack(nn.Module):
+    """`depth` blocks that repeat `pattern`, with residuals opened before and joined after them.
+
+    `context` holds the structural arguments shared by the blocks: dim, causal, max_length, grid.
+    `offset` and `total` place the stack's layers among all layers of a model with several stacks.
+    """
+
+    def __init__(
+        self,
+        pattern: list[BlockConfig],
+        depth: int,
+        context: dict[str, Any],
+        offset: int = 0,
+        total: int | None = None,
+        final_norm: bool | None = None,
+    ):
+        super().__init__()
+        if not pattern:
+            raise UserError("model.block: a pattern needs at least one block")
+        self.dim: int = context["dim"]
+        configs = [pattern[index % len(pattern)] for index in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(config, {**context, "layer": offset + index, "depth": total or depth})
+            for index, config in enumerate(configs)
+        )
+        if final_norm is None:
+            last = list(self.blocks[-1].sublayers.values())[-1]  # type: ignore[operator]
+            final_norm = bool(last.placement.final_norm)
+        self.norm = build("norm", configs[-1].norm, dim=self.dim) if final_norm else None
+
+    def forward(self, stream: Stream) -> Stream:
+        stream = self.begin(stream)
+        for block in self.blocks:
+            stream = block(stream)
+        return self.finish(stream)
+
+    def begin(self, stream: Stream) -> Stream:
+        """Open the residual topology on a copy of the stream."""
+        stream = stream.copy()
+        self.blocks[0].residuals[0].begin(stream)  # type: ignore[index,union-attr]
+        return stream
+
+    def finish(self, stream: Stream) -> Stream:
+        """Join the residual topology and normalise."""
+        stream = stream.copy()
+        self.blocks[-1].residuals[-1].finish(stream)  # type: ignore[index,union-attr]
+        if self.norm is not None:
+            stream.hidden = self.norm(stream.hidden)
+        return stream
+
+
+def input_position(pattern: list[BlockConfig], context: dict[str, Any]) -> Position | None:
+    """The position table added at the input, if the pattern's position is of that kind."""
+    spec = resolve("position", pattern[0].position)
+    kind = spec.entry.target
+    if getattr(kind, "place", "none") != "input":
+        return None
+    position: Position = spec.build(**context)
+    return position

@@ -1,0 +1,60 @@
+"""The zoo as a library: published models by name, and models from configs."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from torch import nn
+
+from core.config import Config, Source, parse
+from core.errors import UserError, hint
+from core.registry import get, names
+from model.init import initialise
+from model.language import LanguageConfig, LanguageModel
+
+
+def config_class(kind: str) -> type[Config]:
+    """The config model of a kind of model."""
+    from model.vision import VisionConfig
+
+    kinds: dict[str, type[Config]] = {"language": LanguageConfig, "vision": VisionConfig}
+    if kind not in kinds:
+        raise UserError(f"model.kind: unknown kind '{kind}'{hint(kind, kinds)}")
+    return kinds[kind]
+
+
+def build_model(config: Config | dict[str, Any]) -> nn.Module:
+    """A model from its config; parameters are on the current default device, uninitialised order.
+
+    Call `model.init.initialise(model, seed)` to fill it, or build under `torch.device("meta")`.
+
+    Raises:
+        UserError: for a config that cannot be built.
+    """
+    from model.vision import VisionConfig, VisionModel
+
+    if isinstance(config, dict):
+        config = parse(config_class(config.get("kind", "language")), config, Source("model"))
+    if isinstance(config, LanguageConfig):
+        return LanguageModel(config)
+    if isinstance(config, VisionConfig):
+        return VisionModel(config)
+    raise UserError(f"no model is built from a {type(config).__name__}")
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Published models whose names match a shell pattern: `list_models("swin*")`."""
+    return [name for name in names("model") if fnmatch.fnmatch(name, pattern)]
+
+
+def create_model(name: str, *, seed: int | None = None, **changes: Any) -> nn.Module:
+    """A published model by name; `changes` replace top-level keys of its config.
+
+    Parameters are initialised by the model's scheme if `seed` is given, else by the leaves.
+    """
+    config = get("model", name).target()
+    model = build_model({**config, **changes})
+    if seed is not None:
+        initialise(model, seed)
+    return model
