@@ -1,0 +1,29 @@
+"""What every test may rely on: one thread a process, and no network but this machine's own."""
+
+import os
+
+# Before torch is imported anywhere, and inherited by the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import ipaddress
+import socket
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+_connect = socket.socket.connect
+
+
+def _connect_locally(self: socket.socket, address: Any) -> None:
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        host = address[0]
+        assert host == "localhost" or ipaddress.ip_address(host).is_loopback, (
+            f"a test tried to reach {host}; tests run without a network"
+        )
+    _connect(self, address)
+
+
+socket.socket.connect = _connect_locally  # type: ignore[method-assign]
