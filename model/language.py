@@ -17,7 +17,8 @@ from core.registry import Slot
 from model.block import BlockConfig
 from model.leaves import Axis, Dropout, VocabEmbedding, VocabHead
 from model.output import Batch, ModelOutput
-from model.stack import Stack, input_position
+from model.positions.base import position_for
+from model.stack import Stack
 from model.stream import Stream
 
 
@@ -87,7 +88,7 @@ class LanguageModel(nn.Module):
         }
         self.axis = Axis()
         self.embedding = VocabEmbedding(config.vocab, config.dim)
-        self.position = input_position(config.block, context)
+        self.position = position_for("input", config.block[0].position, **context)
         self.dropout = Dropout(config.embedding_dropout)
         self.encoder: Stack | None = None
         if both:

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from core.errors import UserError
-from core.registry import build, resolve
+from core.registry import build
 from model.block import Block, BlockConfig
-from model.positions.base import Position
 from model.stream import Stream
 
 
@@ -62,13 +61,3 @@ class Stack(nn.Module):
         if self.norm is not None:
             stream.hidden = self.norm(stream.hidden)
         return stream
-
-
-def input_position(pattern: list[BlockConfig], context: dict[str, Any]) -> Position | None:
-    """The position table added at the input, if the pattern's position is of that kind."""
-    spec = resolve("position", pattern[0].position)
-    kind = spec.entry.target
-    if getattr(kind, "place", "none") != "input":
-        return None
-    position: Position = spec.build(**context)
-    return position

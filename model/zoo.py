@@ -25,9 +25,10 @@ def config_class(kind: str) -> type[Config]:
 
 
 def build_model(config: Config | dict[str, Any]) -> nn.Module:
-    """A model from its config; parameters are on the current default device, uninitialised order.
+    """A model from its config, its parameters filled leaf by leaf from the global generator.
 
-    Call `model.init.initialise(model, seed)` to fill it, or build under `torch.device("meta")`.
+    `model.init.initialise(model, seed)` fills it by the model's own scheme; build under
+    `torch.device("meta")` to spend no memory.
 
     Raises:
         UserError: for a config that cannot be built.

@@ -29,7 +29,7 @@ class GLU(nn.Module):
     """Gated linear unit; with the default gate, the sigmoid form.
 
     Args:
-        ratio: hidden channels as a multiple of the width; 8/3 has as many parameters as an MLP of 4.
+        ratio: hidden channels as a multiple of the width; 8/3 has the parameters of an MLP of 4.
         width: hidden channels, instead of `ratio`.
         multiple_of: round the hidden channels up to a multiple of this.
         bias: use biases.

@@ -15,7 +15,7 @@ from core.registry import Slot, build, register
 from model.attention import Backend, Scores, attend
 from model.leaves import ColumnLinear, RowLinear
 from model.mixers.base import Mixer
-from model.positions.base import Position, span
+from model.positions.base import position_for, span
 from model.stream import Stream
 
 _Positive = Annotated[int | None, Field(gt=0)]
@@ -86,8 +86,8 @@ class Attention(Mixer):
         self.v = ColumnLinear(dim, groups * self.head_dim, bias)
         self.q_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
         self.k_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
-        self.position: Position = build(
-            "position",
+        self.position = position_for(
+            "attention",
             position,
             dim=dim,
             heads=heads,
@@ -105,7 +105,7 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         bias = None
-        if self.position.place == "attention":
+        if self.position is not None:
             q, k = self.position.rotate(q, k, stream.positions)
             if self.position.biases:
                 at_BT = span(x_BTD, stream.positions)

@@ -8,10 +8,10 @@ from model.stream import Stream
 
 
 class Mixer(nn.Module):
-    """f(x_BTD, stream) → y_BTD inside the region: the whole sequence, this rank's heads or channels.
+    """f(x_BTD, stream) → y_BTD inside the region: all tokens, this rank's heads or channels.
 
-    A mixer ends in a `RowLinear`, or calls `leave`/`leave_alike` on what it returns. It may read the
-    stream and set its `carried`, `losses` and `metrics`.
+    A mixer ends in a `RowLinear`, or calls `leave`/`leave_alike` on what it returns. It may read
+    the stream and set its `carried`, `losses` and `metrics`.
     """
 
     caches: bool = False

@@ -6,10 +6,12 @@ A position works in one place: "input" (a table added once, after the embedding)
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from core.registry import resolve
 
 
 class Position(nn.Module):
@@ -39,3 +41,16 @@ def span(x_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
     if positions_BT is not None:
         return positions_BT
     return torch.arange(x_BT.shape[1], device=x_BT.device)[None]
+
+
+def position_for(
+    place: Literal["input", "attention"], spec: Any, **context: Any
+) -> Position | None:
+    """The position a config names, if it works in this place; else None."""
+    if isinstance(spec, Position):
+        return spec if spec.place == place else None
+    config = resolve("position", spec)
+    if getattr(config.entry.target, "place", None) != place:
+        return None
+    position: Position = config.build(**context)
+    return position
