@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.precision import at_least_float32
+
 Backend = Literal["auto", "reference", "sdpa", "flex", "flash"]
 
 
@@ -89,7 +91,7 @@ def reference(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scores: Scores) ->
     group = q_BHTK.shape[1] // k_BGSK.shape[1]
     k, v = k_BGSK.repeat_interleave(group, 1), v_BGSK.repeat_interleave(group, 1)
     scale = 1 / math.sqrt(q_BHTK.shape[-1]) if scores.scale is None else scores.scale
-    s_BHTS = (q_BHTK @ k.transpose(-1, -2)).float() * scale
+    s_BHTS = at_least_float32(q_BHTK @ k.transpose(-1, -2)) * scale
     if scores.softcap is not None:
         s_BHTS = scores.softcap * torch.tanh(s_BHTS / scores.softcap)
     if scores.bias is not None:

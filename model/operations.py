@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.precision import at_least_float32
+
 if TYPE_CHECKING:
     from model.leaves import Role
 
@@ -95,7 +97,9 @@ class Operations:
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, ignore: int) -> Tensor:
         """Negative log-likelihood in nats per row, in float32; 0 where the target is `ignore`."""
-        return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=ignore, reduction="none")
+        return F.cross_entropy(
+            at_least_float32(logits_NV), targets_N, ignore_index=ignore, reduction="none"
+        )
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """The logits of the whole vocabulary (last axis); for inference."""

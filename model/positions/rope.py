@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core.registry import register
 from model.positions.base import Position, span
+from model.precision import at_least_float32
 
 
 @register(
@@ -53,7 +54,7 @@ class RoPE(Position):
 
     def _turn(self, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, kept = x_BTHK[..., : self.rotated], x_BTHK[..., self.rotated :]
-        first, second = turned.float().chunk(2, dim=-1)
+        first, second = at_least_float32(turned).chunk(2, dim=-1)
         out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         out = out.to(x_BTHK.dtype)
         return torch.cat((out, kept), dim=-1) if kept.shape[-1] else out
