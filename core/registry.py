@@ -31,7 +31,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 from pydantic import Field, ValidationError, create_model
 from pydantic_core import PydanticCustomError, core_schema
 
-from core.config import Config, nested
+from core.config import Config, Source, describe, nested
 from core.errors import UserError, hint
 from core.hashing import file_digest
 
@@ -266,9 +266,8 @@ def build(slot: str, spec: Any, **context: Any) -> Any:
     try:
         return resolve(slot, spec).build(**context)
     except ValidationError as error:
-        from core.config import Source, describe
-
-        raise UserError(describe(error, Source(f"{slot} '{spec}'"))) from None
+        name = spec["name"] if isinstance(spec, dict) else spec
+        raise UserError(describe(error, Source(f"{slot} '{name}'"))) from None
 
 
 class Slot:

@@ -1,0 +1,7 @@
+from tests.references import import_timm
+
+
+def test_timm_builds_a_published_model() -> None:
+    """Swin-T (2103.14030) has 28 million parameters."""
+    model = import_timm().create_model("swin_tiny_patch4_window7_224")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 28_288_354
