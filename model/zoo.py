@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -11,17 +12,16 @@ from core.config import Config, Source, parse
 from core.errors import UserError, hint
 from core.registry import get, names
 from model.init import initialise
-from model.language import LanguageConfig, LanguageModel
+
+_KINDS = {"language": "model.language", "vision": "model.vision"}
 
 
 def config_class(kind: str) -> type[Config]:
-    """The config model of a kind of model."""
-    from model.vision import VisionConfig
-
-    kinds: dict[str, type[Config]] = {"language": LanguageConfig, "vision": VisionConfig}
-    if kind not in kinds:
-        raise UserError(f"model.kind: unknown kind '{kind}'{hint(kind, kinds)}")
-    return kinds[kind]
+    """The config model of a kind of model: `LanguageConfig`, `VisionConfig`."""
+    if kind not in _KINDS:
+        raise UserError(f"model.kind: unknown kind '{kind}'{hint(kind, _KINDS)}")
+    found: type[Config] = getattr(import_module(_KINDS[kind]), f"{kind.title()}Config")
+    return found
 
 
 def build_model(config: Config | dict[str, Any]) -> nn.Module:
@@ -33,15 +33,11 @@ def build_model(config: Config | dict[str, Any]) -> nn.Module:
     Raises:
         UserError: for a config that cannot be built.
     """
-    from model.vision import VisionConfig, VisionModel
-
     if isinstance(config, dict):
         config = parse(config_class(config.get("kind", "language")), config, Source("model"))
-    if isinstance(config, LanguageConfig):
-        return LanguageModel(config)
-    if isinstance(config, VisionConfig):
-        return VisionModel(config)
-    raise UserError(f"no model is built from a {type(config).__name__}")
+    kind: str = config.kind  # type: ignore[attr-defined]
+    model: nn.Module = getattr(import_module(_KINDS[kind]), f"{kind.title()}Model")(config)
+    return model
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -48,7 +48,7 @@ def bfloat16(probe: Probe) -> None:
 
 
 def odd_length(probe: Probe) -> None:
-    """A sequence of prime length works, and a shorter one gives the prefix of a longer one's losses."""
+    """A prime length works, and a shorter sequence gives the first losses of a longer one."""
     model = probe.model()
     batch = probe.batch(length=23)
     losses = model(batch).token_losses

@@ -21,7 +21,7 @@ SLOTS = (
     "norm", "placement", "residual", "mixer", "position", "feedforward", "activation", "stem",
     "resample",
 )  # fmt: skip
-"""The slots whose parts are mechanisms; published models and init schemes have tests of their own."""
+"""The slots whose parts are mechanisms; models and init schemes have tests of their own."""
 
 _BLOCK: dict[str, Any] = {
     "norm": "rmsnorm",

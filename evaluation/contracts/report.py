@@ -1,4 +1,4 @@
-"""What came out of the contracts, kept as one JSON file for `manyforms zoo --matrix` and the docs."""
+"""What came out of the contracts: one JSON file, for `manyforms zoo --matrix` and the docs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = Literal["proven", "declared", "failed"]
 
 @dataclass(frozen=True)
 class Result:
-    """One contract of one mechanism. `reason` says why it is declared impossible, or what failed."""
+    """One contract of one mechanism; `reason`: why it is declared impossible, or what failed."""
 
     mechanism: str
     contract: str
