@@ -95,7 +95,7 @@ def read(folder: Path) -> Manifest:
         raise DamagedError(f"no {MANIFEST}") from None
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
-    except (ValueError, AttributeError, ValidationError):
+    except (ValueError, TypeError, AttributeError, ValidationError):
         raise DamagedError(f"{MANIFEST} is damaged: not a manifest") from None
 
 

@@ -44,7 +44,7 @@ class CheckpointStore:
         folder: str | Path,
         keep: int = 3,
         keep_every: int = 0,
-        phase: Callable[[str], None] | None = None,
+        phase: Callable[[str], object] | None = None,
     ):
         self.folder = Path(folder)
         self._keep, self._keep_every = keep, keep_every

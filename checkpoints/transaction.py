@@ -64,7 +64,7 @@ class Transaction:
     group: Group
     keep: int
     keep_every: int
-    phase: Callable[[str], None]
+    phase: Callable[[str], object]
     """Called with each of `PHASES` as it is done, on the ranks that take part in it."""
 
     def run(self, job: Job) -> None:
