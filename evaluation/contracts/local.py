@@ -106,28 +106,24 @@ def finite_difference(probe: Probe) -> None:
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     _, found = _gradients(model, batch)
     generator = torch.Generator().manual_seed(7)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     direction = {
-        name: torch.randn(grad.shape, generator=generator, dtype=torch.float64)
-        for name, grad in found.items()
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in parameters.items()
     }
     slope = sum((found[name] * direction[name]).sum() for name in found)
     values = []
     step = 1e-6
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for sign in (1, -1):
             for name, way in direction.items():
                 parameters[name] += sign * step * way
-            values.append(_float64_loss(model, batch))
+            values.append(total_loss(model(batch), batch))
             for name, way in direction.items():
                 parameters[name] -= sign * step * way
     measured = (values[0] - values[1]) / (2 * step)
     error = abs(measured - slope) / max(abs(float(slope)), 1e-3)
     assert error < 1e-3, f"gradient {float(slope):.6f}, central difference {float(measured):.6f}"
-
-
-def _float64_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return total_loss(model(batch), batch)
 
 
 def compiled(probe: Probe, backend: str = "aot_eager") -> None:
