@@ -1,0 +1,160 @@
+"""Mixture of experts with token choice (Shazeer et al. 2017, 1701.06538).
+
+    y = Σ_{e in top-k(x)} w_e(x) · expert_e(x)  [+ shared experts]
+
+Axes: B batch, T tokens, D width, E experts, N tokens of all samples, k experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.registry import Slot, register
+from model.experts import Experts
+from model.feedforwards.glu import GLU
+from model.feedforwards.mlp import MLP, hidden_width
+from model.leaves import Axis
+from model.routing import Router, Routing, Score, balance_loss, capacity, choose, places, z_loss
+from model.stream import Stream
+
+_Weight = Annotated[float, Field(ge=0)]
+
+
+@register(
+    "feedforward",
+    "moe",
+    paper="1701.06538",
+    title="Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
+    aliases=["mixture_of_experts"],
+)
+class MoE(nn.Module):
+    """Each token is computed by the few experts that a router chooses for it.
+
+    Auxiliary losses go to the stream per sample, weighted, so that their mean over the samples of
+    the global batch is the published loss. Under gradient accumulation the load in the balance
+    loss is that of one micro-batch of every data rank.
+
+    Args:
+        experts: how many experts there are.
+        top_k: how many each token goes to.
+        shared: how many more experts see every token (Dai et al. 2024, 2401.06066).
+        mode: dropless computes every assignment (Gale et al. 2022, 2211.15841); capacity gives
+            each expert at most capacity_factor · k · T / E tokens of a sample (2006.16668), whose
+            overflow adds nothing. While decoding from a cache nothing is dropped.
+        capacity_factor: the room that mode capacity leaves each expert, as a multiple of its even
+            share.
+        score: how logits become weights, softmax over the experts or a sigmoid each (2412.19437).
+        normalise: scale a token's weights to sum to one; top-1 then passes the router no gradient
+            but that of the auxiliary losses.
+        balance: weight of the load-balancing loss (2006.16668, 2101.03961).
+        z: weight of the router's z-loss (Zoph et al. 2022, 2202.08906).
+        jitter: in training the router's input is multiplied by uniform noise in 1 ± this
+            (Fedus et al. 2021, 2101.03961).
+        gated: experts are gated feed-forwards.
+        ratio: an expert's hidden channels as a multiple of the width.
+        width: an expert's hidden channels, instead of `ratio`.
+        multiple_of: round an expert's hidden channels up to a multiple of this.
+        activation: the experts' nonlinearity; the block's `activation` where that is set, or silu.
+    """
+
+    probe = {"experts": 4, "ratio": 2.0, "shared": 1, "z": 0.001}
+
+    def __init__(
+        self,
+        dim: int,
+        layer: int = 0,
+        block_activation: Any = None,
+        *,
+        experts: Annotated[int, Field(gt=0)] = 8,
+        top_k: Annotated[int, Field(gt=0)] = 2,
+        shared: Annotated[int, Field(ge=0)] = 0,
+        mode: Literal["dropless", "capacity"] = "dropless",
+        capacity_factor: Annotated[float, Field(gt=0)] = 1.25,
+        score: Score = "softmax",
+        normalise: bool = True,
+        balance: _Weight = 0.01,
+        z: _Weight = 0.0,
+        jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        gated: bool = True,
+        ratio: Annotated[float, Field(gt=0)] = 8 / 3,
+        width: Annotated[int | None, Field(gt=0)] = None,
+        multiple_of: Annotated[int, Field(gt=0)] = 1,
+        activation: Annotated[Any, Slot("activation", optional=True)] = None,
+    ):
+        super().__init__()
+        if top_k > experts:
+            raise UserError(f"moe: top_k ({top_k}) cannot be above experts ({experts})")
+        self.layer, self.top_k, self.mode, self.factor = layer, top_k, mode, capacity_factor
+        self.score, self.normalise, self.jitter = score, normalise, jitter
+        self.balance, self.z = balance, z
+        hidden = hidden_width(dim, ratio, width, multiple_of)
+        chosen = activation or block_activation or "silu"
+        self.axis = Axis()
+        self.router = Router(dim, experts)
+        self.experts = Experts(experts, dim, hidden, gated, chosen)
+        self.shared: nn.Module | None = None
+        if shared and gated:
+            self.shared = GLU(dim, width=shared * hidden, activation=chosen)
+        elif shared:
+            self.shared = MLP(dim, width=shared * hidden, bias=False, activation=chosen)
+
+    @property
+    def active_fraction(self) -> float:
+        """The share of the expert banks that one token uses."""
+        return self.top_k / self.experts.experts
+
+    def forward(self, x_BTD: Tensor, stream: Stream | None = None) -> Tensor:
+        logits_BTE = self.router(self._jittered(x_BTD))
+        routing = choose(logits_BTE, self.top_k, self.score, self.normalise)
+        x_ND = x_BTD.flatten(0, 1)
+        chosen_Nk, weights_Nk = routing.chosen.flatten(0, 1), routing.weights.flatten(0, 1)
+        dropped = logits_BTE.new_zeros(())
+        if self.mode == "dropless" or (stream is not None and stream.cache is not None):
+            y_ND = self.experts.dropless(x_ND, chosen_Nk, weights_Nk)
+        else:
+            place_BTk = places(routing.chosen, self.experts.experts)
+            room = capacity(x_BTD.shape[1], self.top_k, self.experts.experts, self.factor)
+            over_BTk = place_BTk >= room
+            dropped = over_BTk.to(dropped.dtype).mean()
+            # Samples stand one behind another in an expert's row of slots, `room` for each.
+            sample_B = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None, None]
+            total = room * x_BTD.shape[0]
+            place_BTk = torch.where(over_BTk, total, place_BTk + sample_B * room)
+            y_ND = self.experts.capped(x_ND, chosen_Nk, weights_Nk, place_BTk.flatten(0, 1), total)
+        if stream is not None:
+            self._report(routing, dropped, stream)
+        y_BTD: Tensor = self.axis.ops.leave(y_ND.view(*x_BTD.shape[:-1], -1).to(x_BTD.dtype))
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+
+    def _jittered(self, x_BTD: Tensor) -> Tensor:
+        if not self.jitter or not self.training:
+            return x_BTD
+        noise_BTD = self.axis.ops.alike_random(tuple(x_BTD.shape), x_BTD.device)
+        return x_BTD * (1 + self.jitter * (2 * noise_BTD - 1)).to(x_BTD.dtype)
+
+    def _report(self, routing: Routing, dropped: Tensor, stream: Stream) -> None:
+        """Losses and metrics into the stream. All are computed alike, so gradients count once."""
+        ops = self.axis.ops
+        load_E = ops.data_mean(routing.load())
+        if self.balance:
+            loss_B = self.balance * balance_loss(routing, load_E)
+            stream.add_loss("moe_balance", ops.once(loss_B))
+        if self.z:
+            stream.add_loss("moe_z", ops.once(self.z * z_loss(routing)))
+        name = f"moe/{self.layer}"
+        stream.metrics[f"{name}/load"] = load_E.detach()
+        stream.metrics[f"{name}/dropped"] = dropped.detach()
+        stream.metrics[f"{name}/entropy"] = routing.entropy()
+
+    def flops(self, x_BTD: Tensor, stream: Stream | None = None) -> int:
+        """Forward operations of the k experts of each token, the router and the shared experts."""
+        tokens = x_BTD.numel() // x_BTD.shape[-1]
+        total = self.router.flops(x_BTD) + self.experts.flops(tokens * self.top_k)
+        if self.shared is not None:
+            total += sum(2 * tokens * p.numel() for p in self.shared.parameters())
+        return total
