@@ -127,8 +127,6 @@ class Piece:
                     return None
             (chunk,) = tensor.__create_chunk_list__()
             offsets, local = tuple(chunk.offsets), tensor.to_local().detach()
-        if local.numel() == 0 and tensor.numel() > 0:
-            return None  # an uneven sharding left this rank nothing
         return cls(_copy(local) if copy else local, offsets, tuple(tensor.shape))
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from checkpoints.errors import CheckpointError
 from checkpoints.rng import capture_rng
+from checkpoints.state import Piece
 from checkpoints.store import CheckpointStore
 from core.errors import UserError
 from tests.checkpoints.helpers import flip_byte
@@ -113,6 +114,10 @@ def replicas_share_the_work(rank: int, folder: Path) -> None:
     value = {
         f"w{i}": distribute_tensor(torch.ones(999), mesh((4,)), [Replicate()]) for i in range(40)
     }
+    mine = [Piece.of(name, tensor, copy=True) for name, tensor in value.items()]
+    writers = torch.tensor([piece is not None for piece in mine], dtype=torch.int64)
+    dist.all_reduce(writers)
+    assert writers.tolist() == [1] * 40, "one rank copies each tensor"
     store.save(1, {"model": value}, asynchronous=True)
     store.wait()
     manifest = store.list()[0].manifest
