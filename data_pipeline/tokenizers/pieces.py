@@ -115,7 +115,7 @@ class SentencePiece(Tokenizer):
         if needed:
             return (
                 f"tokenizer sentencepiece: the training text has too many characters for a "
-                f"vocabulary of {self.vocab}; set data.tokenizer.vocab to more than {needed[1]}"
+                f"vocabulary of {self.vocab}; set data.tokenizer.vocab to at least {needed[1]}"
             )
         if "!sentences_.empty()" in message:
             return "tokenizer sentencepiece: there is no training text to learn from"
