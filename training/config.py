@@ -23,7 +23,8 @@ class TrainConfig(Config):
     """Samples of one rank in one forward pass; auto: its whole share of the global batch."""
 
     objective: Annotated[Any, Slot("objective", optional=True)] = None
-    """What is learned; null: causal_lm or masked_lm for language, image_classification for vision."""
+    """What is learned; null: by the model, causal_lm or masked_lm, image_classification or
+    masked_image."""
 
     optimizer: Annotated[Any, Slot("optimizer")] = "adamw"
     """What turns gradients into updates."""

@@ -3,7 +3,7 @@
 EXIT_FAILED = 1
 """The exit code of a run that failed."""
 EXIT_STOPPED = 75
-"""The exit code of a run that a signal stopped after saving; schedulers are told to requeue on it."""
+"""The exit code of a run that a signal stopped after saving; schedulers requeue on it."""
 
 
 class RunFailure(Exception):

@@ -1,5 +1,6 @@
 """Schedules at their key points."""
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_never_rises_after_the_warmup(name):
     factor = schedule(name, warmup=5)
     values = [factor(s) for s in range(5, 120)]
     assert values[0] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
 
 
 def test_cosine_key_points():

@@ -1,0 +1,1 @@
+"""What happens around the loop: progress, files, checkpoints, the average, signals."""

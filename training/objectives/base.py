@@ -1,0 +1,81 @@
+"""What an objective is, and the sums it returns.
+
+Axes: B batch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.leaves import IGNORE
+from model.output import Batch, ModelOutput
+
+Sums = dict[str, Tensor]
+METRIC = "metric/"
+"""Before the name of a model's own metric among the sums."""
+
+
+class Objective:
+    """Turns a model and a batch into sums over this batch's samples.
+
+    `loss` (nats) over `count`, plus `auxiliary` over `samples`, is what is differentiated; the
+    divisions are by the sums over the whole global batch. Other sums are for reporting.
+    """
+
+    kind: ClassVar[Literal["language", "vision"]]
+
+    def prepare(self, batch: Batch, samples: Tensor) -> Batch:
+        """What this objective adds to a batch, on the host, before it goes to the device.
+
+        Args:
+            batch: as the data gave it, with leading axis B.
+            samples: each sample's index in the run (or in the held-out set), B int64; whatever is
+                random depends on it and the seed alone.
+        """
+        return batch
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Sums:
+        """The sums of one micro-batch: scalars, float32, `loss` and `auxiliary` with gradient."""
+        raise NotImplementedError
+
+    def report(self, totals: dict[str, float]) -> dict[str, float]:
+        """What is reported of sums over any number of batches."""
+        count = max(totals["count"], 1.0)
+        report = {"loss": totals["loss"] / count}
+        samples = max(totals.get("samples", 1.0), 1.0)
+        if "auxiliary" in totals:
+            report["auxiliary_loss"] = totals["auxiliary"] / samples
+        if "correct" in totals:
+            report["accuracy"] = totals["correct"] / count
+        for name, value in totals.items():
+            if name.startswith(METRIC):
+                report[name.removeprefix(METRIC)] = value / samples
+        return report
+
+
+def common(output: ModelOutput, counted_B: Tensor) -> Sums:
+    """The sums that every objective has: samples, auxiliary losses, the model's scalar metrics.
+
+    Args:
+        counted_B: whether each sample counts; what fills up a short batch does not.
+    """
+    weight_B = counted_B.float()
+    samples = weight_B.sum()
+    sums: Sums = {"samples": samples}
+    if output.losses:
+        sums["auxiliary"] = torch.stack(
+            [(loss_B.float() * weight_B).sum() for loss_B in output.losses.values()]
+        ).sum()
+    for name, value in output.metrics.items():
+        if value.numel() == 1:
+            sums[METRIC + name] = value.detach().float().reshape(()) * samples
+    return sums
+
+
+def counted(targets: Tensor) -> Tensor:
+    """Which samples B have any target that counts."""
+    kept = targets != IGNORE
+    return kept.flatten(1).any(1) if kept.dim() > 1 else kept

@@ -1,0 +1,322 @@
+"""The one loop: read, forward and backward, check, clip, step, schedule. The rest is callbacks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.config import CheckpointConfig
+from checkpoints.rng import capture_rng, restore_rng
+from checkpoints.store import CheckpointStore
+from core.errors import UserError
+from core.registry import build
+from data_pipeline.data import Data
+from data_pipeline.loader import Loader
+from model.output import Batch
+from training.callbacks.average import MovingAverage
+from training.callbacks.base import Callback, Record
+from training.callbacks.standard import standard
+from training.callbacks.stop import StopSignals
+from training.config import TrainConfig
+from training.counts import count_run
+from training.determinism import seed_everything, use_deterministic
+from training.failure import RunFailure
+from training.meter import Meter
+from training.objectives.base import Objective
+from training.objectives.choose import choose_objective
+from training.optimizers.base import Optimizer
+from training.outcome import Outcome
+from training.schedules.base import Schedule
+from training.validate import validate
+
+if TYPE_CHECKING:
+    from parallel.engine import Engine
+
+
+class Trainer:
+    """Trains a model with an engine; every rank of the job makes one and runs it alike.
+
+    Args:
+        config: the `train` section.
+        engine: not yet prepared; the trainer prepares it with `model`.
+        model: from `build_model`, best under `torch.device("meta")`.
+        data: what `open_data` returned.
+        seed: of parameters, data order, masks and dropout.
+        folder: the run's folder, which exists; None: nothing is written.
+        checkpoint: when to save, into `folder`; None: never.
+        objective: instead of the config's.
+        callbacks: called after the standard ones.
+
+    Raises:
+        UserError: for settings that cannot work together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        model: nn.Module,
+        data: Data,
+        *,
+        seed: int = 0,
+        folder: Path | None = None,
+        checkpoint: CheckpointConfig | None = None,
+        objective: Objective | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.config, self.engine, self.data, self.seed = config, engine, data, seed
+        self.objective = objective or choose_objective(config.objective, model, data, seed)
+        self.schedule: Schedule = build("schedule", config.schedule, steps=config.steps)
+        share = config.global_batch // engine.data_size or 1
+        self.micro_batch = share if config.micro_batch == "auto" else config.micro_batch
+        self.loader = Loader(
+            data.train,
+            seed,
+            config.global_batch,
+            self.micro_batch,
+            engine.data_rank,
+            engine.data_size,
+            prefetch=True,
+        )
+        deterministic = config.deterministic
+        if deterministic is None:
+            deterministic = engine.device.type == "cpu"
+        use_deterministic(deterministic)
+        self.counts, flops_per_sample = count_run(model, data)
+        engine.prepare(
+            model,
+            seed=seed,
+            precision=config.precision,
+            recompute=config.recompute,
+            compile=config.compile,
+        )
+        seed_everything(seed, engine.data_rank)
+        self.optimizer: Optimizer = build("optimizer", config.optimizer, model=engine.model)
+        self.average = (
+            MovingAverage(self.optimizer.shards, config.ema) if config.ema is not None else None
+        )
+        self.store: CheckpointStore | None = None
+        if folder is not None and checkpoint is not None:
+            self.store = CheckpointStore(
+                folder / "checkpoints", checkpoint.keep, checkpoint.keep_every
+            )
+            self.store.prepare()
+
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        unit = "tokens" if data.kind == "language" else "images"
+        self.meter = Meter(unit, engine.device, world)
+        self.units_per_sample = data.train[0]["tokens"].numel() if unit == "tokens" else 1
+        if flops_per_sample is not None:
+            self.meter.flops_per_unit = flops_per_sample / self.units_per_sample
+
+        self.step = 0
+        """Optimizer steps done."""
+        self.consumed = 0
+        """Samples of the global order that were read."""
+        self.stopped: str | None = None
+        """The signal to stop on, once all ranks agree on it."""
+        self.last_record: Record = {}
+        self.last_validation: Record = {}
+        self._requested: str | None = None
+        self._seconds = 0.0
+        self._started = time.monotonic()
+        self._local: list[Tensor] = []
+        self.callbacks = [
+            *([self.average] if self.average is not None else []),
+            StopSignals(),
+            *standard(folder, self.store, checkpoint),
+            *callbacks,
+        ]
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.config.steps
+
+    @property
+    def units(self) -> int:
+        """Tokens or images that were trained on."""
+        return self.consumed * self.units_per_sample
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, over all restarts."""
+        return self._seconds + time.monotonic() - self._started
+
+    def run(self, resume: bool | int = False) -> Outcome:
+        """Train to the end, or until a signal stops the run.
+
+        Args:
+            resume: True: go on from the newest checkpoint that verifies; a number: from the
+                checkpoint of that step.
+
+        Raises:
+            UserError: for a checkpoint that is not there or belongs to another model.
+            RunFailure, CheckpointError: the run failed; the message is one line.
+        """
+        self._started = time.monotonic()
+        outcome: Outcome | None = None
+        try:
+            if resume is not False:
+                self.restore(None if resume is True else resume)
+            for callback in self.callbacks:
+                callback.start(self)
+            self.announce("resume" if resume is not False else "start", {"seed": self.seed})
+            self.engine.model.train()
+            while not self.done and self.stopped is None:
+                self._one_step()
+            outcome = Outcome(
+                self.step, self.last_record, self.last_validation, self.stopped, self.seconds
+            )
+            self.announce("stop" if self.stopped else "end", {"signal": self.stopped})
+        except (RunFailure, UserError) as failure:
+            self.announce("failure", {"cause": str(failure)})
+            raise
+        finally:
+            self.loader.close()
+            for callback in self.callbacks:
+                callback.end(self, outcome)
+        return outcome
+
+    def _one_step(self) -> None:
+        """One step and what follows it, in the order that a resumed run repeats."""
+        record = self._train()
+        due = self.config.validate_every and self.step % self.config.validate_every == 0
+        if (due or self.done) and len(self.data.validation):
+            measured = self.validate()
+            self.last_validation = measured
+            record |= {f"val/{name}": value for name, value in measured.items()}
+        else:
+            due = False
+        logged = due or self.done or self.step % self.config.log_every == 0
+        if logged:
+            record |= self.meter.read()
+            self.last_record = record
+        if not self.done and self.engine.any(self._requested is not None):
+            self.stopped = self._requested or "a signal on another rank"
+        for callback in self.callbacks:
+            callback.step(self, record if logged else None)
+
+    def _train(self) -> Record:
+        """One optimizer step. Returns what may be logged of it."""
+        self.meter.begin()
+        batches = self._prepared(self.loader.step(self.consumed))
+        sums = self.engine.forward_backward(batches, self.objective)
+        norm = self.engine.clip_gradients(self.config.clip)
+        names = sorted(sums)
+        totals = self.engine.total(torch.stack([sums[name].double() for name in names]))
+        # The step's one transfer to the host.
+        *values, grad_norm = torch.cat([totals, norm.double().reshape(1)]).tolist()
+        report = self.objective.report(dict(zip(names, values, strict=True)))
+        if not (math.isfinite(report["loss"]) and math.isfinite(grad_norm)):
+            raise RunFailure(self._blame(sums["loss"], report["loss"], grad_norm))
+        factor = self.schedule(self.step)
+        self.optimizer.step(factor)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.consumed += self.config.global_batch
+        self.meter.finish(self.config.global_batch * self.units_per_sample)
+        return {
+            "step": self.step,
+            **report,
+            "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.lr * factor,
+            self.meter.unit: self.units,
+        }
+
+    def _prepared(self, batches: list[Batch]) -> list[Batch]:
+        """What the objective adds, given each sample's index in the run."""
+        share = self.config.global_batch // self.engine.data_size
+        first = self.consumed + self.engine.data_rank * share
+        prepared = []
+        for number, batch in enumerate(batches):
+            start = first + number * self.micro_batch
+            samples = torch.arange(start, start + self.micro_batch)
+            prepared.append(self.objective.prepare(batch, samples))
+        return prepared
+
+    def _blame(self, own_loss: Tensor, loss: float, grad_norm: float) -> str:
+        """The line for a value that is not finite: whose, when, what, what to do; a collective."""
+        flags = torch.zeros(self.engine.data_size, dtype=torch.float64, device=own_loss.device)
+        flags[self.engine.data_rank] = float(not torch.isfinite(own_loss))
+        at_fault = [rank for rank, flag in enumerate(self.engine.total(flags).tolist()) if flag]
+        where = f"data rank {', '.join(map(str, at_fault))}" if at_fault else "all ranks"
+        what = (
+            f"the gradient's norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        )
+        return (
+            f"{where}, step {self.step + 1}: {what}; the step was not taken and the run ends at "
+            f"its last checkpoint; lower train.optimizer.lr, lengthen the warmup or clip harder"
+        )
+
+    def validate(self) -> Record:
+        """Held-out evaluation of the model, or of its average where one is kept; a collective."""
+        limit = self.config.validate_batches
+        self.engine.model.eval()
+        try:
+            with self.averaged():
+                return validate(
+                    self.engine,
+                    self.objective,
+                    self.data.validation,
+                    micro_batch=self.micro_batch,
+                    limit=None if limit is None else limit * self.config.global_batch,
+                )
+        finally:
+            self.engine.model.train()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the average of its weights, if one is kept."""
+        with self.average.swapped() if self.average is not None else nullcontext():
+            yield
+
+    def request_stop(self, signal: str) -> None:
+        """Stop after this step, on all ranks, once it is saved; safe in a signal handler."""
+        self._requested = signal
+
+    def announce(self, kind: str, facts: dict[str, Any]) -> None:
+        """Tell every callback of an event."""
+        for callback in self.callbacks:
+            callback.event(self, kind, facts)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as a checkpoint holds it."""
+        state: dict[str, Any] = {
+            "model": self.engine.model_state(),
+            "optimizer": self.optimizer.state(),
+            "progress": {
+                "step": self.step,
+                "consumed": self.consumed,
+                "seconds": self.seconds,
+                "record": self.last_record,
+                "validation": self.last_validation,
+            },
+            "rng": capture_rng(),
+        }
+        for callback in self.callbacks:
+            if callback.section is not None:
+                state[callback.section] = callback.state()
+        return state
+
+    def restore(self, step: int | None = None) -> None:
+        """Take up a checkpoint: the newest that verifies, or that of `step`; a collective."""
+        if self.store is None:
+            raise UserError("there is nothing to resume: this run keeps no checkpoints")
+        state = self.state()
+        loaded = self.store.load(state, step)
+        self.engine.load_model_state(state["model"])
+        if loaded.rng:
+            restore_rng(state["rng"])
+        progress = state["progress"]
+        self.step, self.consumed = progress["step"], progress["consumed"]
+        self.last_record, self.last_validation = progress["record"], progress["validation"]
+        self._seconds = progress["seconds"]
