@@ -96,6 +96,11 @@ class WebDataset:
                 extension = extension.lower()
                 if len(found) == first or found[-1].stem != stem:
                     found.append(Sample(shard, stem, {}))
+                if extension in found[-1].members:
+                    raise UserError(
+                        f"shard {shard}: {member.name} at offset {member.offset} occurs twice in "
+                        f"its sample; give every sample its own stem"
+                    )
                 found[-1].members[extension] = member
         if not found:
             raise UserError(f"{self.shards[0]}: the shards hold no samples")

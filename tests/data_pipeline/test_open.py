@@ -1,201 +1,20 @@
-"""Opening data end to end, from config to batches."""
+"""Opening data: every kind, several processes, and what is wrong with the input."""
 
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from core.config import parse
 from core.errors import UserError
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Mixture
 from data_pipeline.inspect import describe
-from data_pipeline.loader import Loader
 from data_pipeline.open import Data, open_data
 
 
 def language(cache: Path, seed: int = 0, **values: Any) -> Data:
     return open_data(parse(DataConfig, {"sequence": 16, **values}), "language", seed, cache)
-
-
-def vision(cache: Path, seed: int = 0, **values: Any) -> Data:
-    return open_data(parse(DataConfig, values), "vision", seed, cache)
-
-
-def same(a: Data, b: Data) -> bool:
-    return len(a.train) == len(b.train) and all(
-        torch.equal(a.train[i][key], b.train[i][key])
-        for i in range(0, len(a.train), 7)
-        for key in a.train[i]
-    )
-
-
-@pytest.mark.parametrize(
-    "tokenizer", ["bytes", "characters", {"name": "sentencepiece", "vocab": 300, "model": "bpe"}]
-)
-def test_every_text_is_read_once_and_comes_back(
-    documents: Path, cache: Path, tokenizer: Any
-) -> None:
-    data = language(cache, sources=str(documents), tokenizer=tokenizer, documents="joined")
-    assert data.tokenizer is not None
-    held = data.validation_text().decode()
-    ids = [int(t) for i in range(len(data.validation)) for t in data.validation[i]["tokens"]]
-    texts = [path.read_text() for path in sorted(documents.iterdir())]
-    assert data.tokenizer.decode(ids) == held
-    train = data.tokenizer.decode(
-        [int(t) for i in range(len(data.train)) for t in data.train[i]["tokens"]]
-    )
-    out = [text for text in texts if text in held]
-    assert "".join(out) == held and 0 < len(out) < 20
-    assert "".join(text for text in texts if text not in out).startswith(train)
-
-
-def test_held_out_bytes_are_what_the_targets_stand_for(documents: Path, cache: Path) -> None:
-    data = language(cache, sources=str(documents), documents="joined")
-    assert data.tokenizer is not None
-    lengths = torch.tensor(data.tokenizer.token_bytes())
-    targets = torch.cat([data.validation[i]["targets"] for i in range(len(data.validation))])
-    counted = int(lengths[targets[targets >= 0]].sum())
-    assert counted == len(data.validation_text()) - 1  # nothing precedes the very first byte
-
-
-def test_a_second_opening_reads_the_cache(
-    documents: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = {"name": "sentencepiece", "vocab": 300}
-    first = language(cache, sources=str(documents), tokenizer=spec)
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("tokenised again")
-
-    monkeypatch.setattr("data_pipeline.tokenizers.pieces.SentencePiece.train", refuse)
-    monkeypatch.setattr("data_pipeline.tokenizers.pieces.SentencePiece.encode_array", refuse)
-    assert same(first, language(cache, sources=str(documents), tokenizer=spec))
-    with pytest.raises(AssertionError, match="tokenised again"):
-        language(cache, sources=str(documents), tokenizer={**spec, "vocab": 301})
-
-
-def test_changed_text_is_tokenised_again(documents: Path, cache: Path) -> None:
-    first = language(cache, sources=str(documents), validation={"by": "tail"})
-    (documents / "00.txt").write_text("ANOTHER TEXT " * 20)
-    second = language(cache, sources=str(documents), validation={"by": "tail"})
-    assert second.tokenizer is not None and not same(first, second)
-    assert second.tokenizer.decode(second.train[0]["tokens"].tolist()) == "ANOTHER TEXT ANO"
-
-
-@pytest.mark.parametrize("file", ["train.bin", "train.starts.npy", "tokens.json", "validation.txt"])
-@pytest.mark.parametrize("damage", ["truncate", "corrupt"])
-def test_a_damaged_token_file_is_rebuilt(
-    documents: Path, cache: Path, file: str, damage: str
-) -> None:
-    first = language(cache, sources=str(documents))
-    held = first.validation_text()
-    (path,) = cache.glob(f"tokens/*/{file}")
-    data = bytearray(path.read_bytes())
-    if damage == "truncate":
-        del data[-2:]
-    else:
-        data[len(data) // 2] ^= 1
-    path.unlink()  # the first opening may still map the old file
-    path.write_bytes(data)
-    second = language(cache, sources=str(documents))
-    assert same(first, second) and second.validation_text() == held
-
-
-def test_processes_may_open_together(documents: Path, cache: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    workers = [
-        context.Process(target=language, args=(cache,), kwargs={"sources": str(documents)})
-        for _ in range(3)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert len(list(cache.glob("tokens/*/train.bin"))) == 1
-
-
-def test_the_split_does_not_depend_on_the_run(documents: Path, cache: Path) -> None:
-    one = language(cache, seed=1, sources=str(documents))
-    two = language(cache, seed=2, sources=str(documents))
-    assert one.validation_text() == two.validation_text()
-
-
-def test_random_windows_depend_on_the_seed(documents: Path, cache: Path) -> None:
-    values: dict[str, Any] = {"sources": str(documents), "windows": "random"}
-    one, again, two = (language(cache, seed=s, **values) for s in (1, 1, 2))
-    assert same(one, again) and not same(one, two)
-    fixed_one, fixed_two = (language(cache, seed=s, sources=str(documents)) for s in (1, 2))
-    assert same(fixed_one, fixed_two)
-
-
-def test_sources_mix_by_weight(documents: Path, tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "z.txt").write_text("zzzz" * 2000)
-    data = language(
-        cache,
-        sources=[{"name": "text", "path": str(documents), "weight": 3}, str(tmp_path / "z.txt")],
-        validation={"by": "tail"},
-    )
-    assert isinstance(data.train, Mixture)
-    (batch,) = Loader(data.train, 0, 2000, 2000).step(0)
-    pure = (batch["tokens"] == ord("z")).all(dim=1).float().mean().item()
-    assert pure == pytest.approx(0.25, abs=0.03)
-    assert data.validation_text().endswith(b"zzzz")
-
-
-def test_validation_may_have_its_own_sources(documents: Path, tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "held.txt").write_text("held out text " * 9)
-    data = language(
-        cache, sources=str(documents), validation={"sources": str(tmp_path / "held.txt")}
-    )
-    assert data.validation_text() == (tmp_path / "held.txt").read_bytes()
-    tokens = sum(facts["train"]["bytes"] for facts in data.facts.values())
-    assert tokens == sum(path.stat().st_size for path in documents.iterdir())
-
-
-def test_the_standard_library_opens(cache: Path) -> None:
-    data = language(cache, sources={"name": "python_stdlib", "max_megabytes": 0.3})
-    sample = data.train[3]
-    assert {key: tuple(value.shape) for key, value in sample.items()} == dict.fromkeys(
-        ("tokens", "targets", "documents", "positions"), (16,)
-    )
-    lines = describe(data)
-    assert lines[0] == "tokenizer bytes: 257 ids"
-    assert any("1.000 bytes per token" in line for line in lines)
-
-
-def test_digits_open(cache: Path) -> None:
-    data = vision(cache, sources="sklearn_digits", augment=["shift"], validation={"fraction": 0.2})
-    assert data.image_shape == (1, 8, 8) and data.classes == [str(d) for d in range(10)]
-    assert len(data.train) + len(data.validation) == 1797
-    counts = data.facts["validation"]
-    assert all(34 <= count <= 37 for count in counts.values())
-    sample = data.train[0]
-    assert sample["images"].shape == (1, 8, 8) and sample["targets"].dtype == torch.int64
-    assert "class 3: " in "\n".join(describe(data))
-    held = np.stack([data.validation[i]["images"].numpy() for i in range(len(data.validation))])
-    assert abs(float(held.mean())) < 0.05
-
-
-def test_held_out_images_are_never_trained_on(pictures: Path, cache: Path) -> None:
-    # Every picture is random pixels, so none occurs twice.
-    data = vision(cache, sources=str(pictures), validation={"fraction": 0.25}, image_size=6)
-    train = {data.train[i]["images"].numpy().tobytes() for i in range(len(data.train))}
-    held = {data.validation[i]["images"].numpy().tobytes() for i in range(len(data.validation))}
-    assert (len(train), len(held)) == (18, 6) and not train & held
-
-
-def test_images_resized_with_given_normalisation(pictures: Path, cache: Path) -> None:
-    data = vision(
-        cache, sources=str(pictures), image_size=4, channels=1, mean=[0.5], std=[0.25],
-    )
-    assert data.image_shape == (1, 4, 4)
-    assert data.facts["mean"] == [0.5]
-    assert data.train[0]["images"].abs().max() <= 2.0
 
 
 @pytest.mark.parametrize(
@@ -231,6 +50,26 @@ def test_bad_input_gets_one_line(tmp_path: Path, documents: Path, cache: Path) -
         language(cache, sources=str(documents), tokenizer={"name": "sentencepiece"})
 
 
-def test_classes_must_agree(pictures: Path, cache: Path) -> None:
-    with pytest.raises(UserError, match=r"image_folder has other classes than .*sklearn_digits"):
-        vision(cache, sources=["sklearn_digits", str(pictures)])
+def test_processes_may_open_together(documents: Path, cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [
+        context.Process(target=language, args=(cache,), kwargs={"sources": str(documents)})
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(list(cache.glob("tokens/*/train.bin"))) == 1
+
+
+def test_the_standard_library_opens(cache: Path) -> None:
+    data = language(cache, sources={"name": "python_stdlib", "max_megabytes": 0.3})
+    sample = data.train[3]
+    assert {key: tuple(value.shape) for key, value in sample.items()} == dict.fromkeys(
+        ("tokens", "targets", "documents", "positions"), (16,)
+    )
+    lines = describe(data)
+    assert lines[0] == "tokenizer bytes: 257 ids"
+    assert any("1.000 bytes per token" in line for line in lines)

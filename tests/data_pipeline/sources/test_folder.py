@@ -6,16 +6,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from data_pipeline.sources.digits import SklearnDigits
 from data_pipeline.sources.folder import ImageFolder
-
-
-def test_digits() -> None:
-    source = SklearnDigits()
-    assert len(source.labels()) == 1797 and source.classes() == [str(d) for d in range(10)]
-    assert source.read(0).shape == (8, 8, 1) and source.read(0).dtype == np.uint8
-    assert max(int(source.read(i).max()) for i in range(50)) == 255
-    assert source.fingerprint() == SklearnDigits().fingerprint()
 
 
 def test_folder_has_a_class_per_folder(pictures: Path) -> None:
