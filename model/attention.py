@@ -111,7 +111,8 @@ def sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scores: Scores) -> Tens
         raise UserError("attention backend 'sdpa' has no softcap; use backend: reference or flex")
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    simple = scores.plain and (not scores.causal or queries == keys)
+    causal = scores.causal and queries > 1  # the newest token alone sees every key
+    simple = scores.plain and (not causal or queries == keys)
     mask = None if simple else scores.mask(queries, keys, q_BHTK.device)
     if scores.bias is not None:
         bias = scores.bias.to(q_BHTK.dtype)
@@ -122,7 +123,7 @@ def sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scores: Scores) -> Tens
         v_BGSK,
         mask,
         scores.dropout,
-        is_causal=simple and scores.causal,
+        is_causal=simple and causal,
         scale=scores.scale,
         enable_gqa=grouped,
     )

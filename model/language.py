@@ -15,6 +15,7 @@ from core.config import Config
 from core.errors import UserError
 from core.registry import Slot
 from model.block import BlockConfig
+from model.cache import Cache
 from model.leaves import Axis, Dropout, VocabEmbedding, VocabHead
 from model.output import Batch, ModelOutput
 from model.positions.base import position_for
@@ -102,30 +103,46 @@ class LanguageModel(nn.Module):
         tied = self.embedding if config.tie_embeddings else None
         self.head = VocabHead(config.dim, config.vocab, tied)
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        return self.finish(self.stack(self.embed(batch)), batch)
+    def forward(self, batch: Batch, cache: Cache | None = None) -> ModelOutput:
+        """With a cache, `tokens` are those that follow the ones it holds, and the logits B,1,V are
+        those of the last of them."""
+        stream = self.stack(self.embed(batch, cache))
+        if cache is not None:
+            cache.advance(batch["tokens"].shape[1])
+            stream.hidden = stream.hidden[:, -1:]
+        return self.finish(stream, batch)
 
-    def embed(self, batch: Batch, cache: Any = None) -> Stream:
+    def embed(self, batch: Batch, cache: Cache | None = None) -> Stream:
         """The stream that enters the decoder's first block."""
         masked = self.config.mask_documents
-        stream = self._open(
-            batch["tokens"],
-            batch.get("documents") if masked else None,
-            batch.get("positions") if masked or cache is not None else None,
-        )
-        stream.cache = cache
+        tokens = batch["tokens"]
+        if cache is not None:
+            stream = self._open(tokens, None, cache.positions(tokens))
+            stream.cache = cache
+        elif masked:
+            stream = self._open(tokens, batch.get("documents"), batch.get("positions"))
+        else:
+            stream = self._open(tokens, None, None)
         if self.encoder is not None:
-            if "source" not in batch:
-                raise UserError("an encoder_decoder's batch needs 'source' tokens")
-            source = self._open(
-                batch["source"], batch.get("source_documents") if masked else None, None
+            encoded = (
+                self._encode(batch)
+                if cache is None
+                else cache.once("encoder", lambda: self._encode(batch))
             )
-            encoded = self.encoder(source)
-            # Entered once here, so that every cross-attention reads the same gathered memory.
-            stream.memory = self.axis.ops.enter(encoded.hidden)
-            stream.memory_documents = source.documents
-            stream.losses, stream.metrics = encoded.losses, encoded.metrics
+            stream.memory, stream.memory_documents = encoded.hidden, encoded.documents
+            stream.losses, stream.metrics = dict(encoded.losses), dict(encoded.metrics)
         return stream
+
+    def _encode(self, batch: Batch) -> Stream:
+        """The encoder's stream, its hidden states entered once here, so that every cross-attention
+        reads the same gathered memory."""
+        assert self.encoder is not None
+        if "source" not in batch:
+            raise UserError("an encoder_decoder's batch needs 'source' tokens")
+        documents = batch.get("source_documents") if self.config.mask_documents else None
+        encoded: Stream = self.encoder(self._open(batch["source"], documents, None))
+        encoded.hidden = self.axis.ops.enter(encoded.hidden)
+        return encoded
 
     def _open(self, ids: Tensor, documents: Tensor | None, positions: Tensor | None) -> Stream:
         x_BTD = self.embedding(ids)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from core.errors import UserError
 from core.registry import Slot, build, register
 from model.attention import Backend, Scores, attend
+from model.cache import entry_name
 from model.leaves import ColumnLinear, RowLinear
 from model.mixers.base import Mixer
 from model.positions.base import position_for, span
@@ -58,6 +60,8 @@ class Attention(Mixer):
         position: Any = "none",
         max_length: int | None = None,
         grid: tuple[int, int] | None = None,
+        layer: int = 0,
+        branch: str = "mixer",
         *,
         heads: Annotated[int, Field(gt=0)] = 8,
         kv_heads: _Positive = None,
@@ -72,13 +76,9 @@ class Attention(Mixer):
         backend: Backend = "auto",
     ):
         super().__init__()
-        groups = kv_heads or heads
-        if heads % groups:
-            raise UserError(f"attention: heads ({heads}) must be a multiple of kv_heads ({groups})")
-        if head_dim is None and dim % heads:
-            raise UserError(f"attention: dim ({dim}) must be a multiple of heads ({heads})")
-        self.head_dim = head_dim or dim // heads
+        groups, self.head_dim = head_shapes(dim, heads, kv_heads, head_dim)
         self.heads, self.kv_heads = heads, groups
+        self.entry = entry_name(layer, branch)
         self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
         self.dropout, self.backend = dropout, backend
         self.q = ColumnLinear(dim, heads * self.head_dim, bias)
@@ -104,26 +104,51 @@ class Attention(Mixer):
         v = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        bias = None
         if self.position is not None:
             q, k = self.position.rotate(q, k, stream.positions)
-            if self.position.biases:
-                at_BT = span(x_BTD, stream.positions)
-                bias = self.position.bias(at_BT, at_BT)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if stream.cache is not None:
+            assert self.causal and stream.documents is None
+            k, v = stream.cache.extend(self.entry, k, v, self.window)
         scores = Scores(
             causal=self.causal,
             window=self.window,
             documents=stream.documents,
-            bias=bias,
+            bias=self._bias(x_BTD, k.shape[2], stream),
             scale=self.scale,
             softcap=self.softcap,
             dropout=self.dropout if self.training else 0.0,
             scratch=stream.scratch,
         )
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y_BHTK = attend(q, k, v, scores, self.backend)
         y_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).flatten(2))
         return y_BTD
 
+    def _bias(self, x_BTD: Tensor, keys: int, stream: Stream) -> Tensor | None:
+        """What the position adds to the scores of the newest T queries and the newest S keys."""
+        if self.position is None or not self.position.biases:
+            return None
+        queries_BT = keys_BS = span(x_BTD, stream.positions)
+        if stream.cache is not None:
+            end = stream.cache.length + x_BTD.shape[1]
+            keys_BS = torch.arange(end - keys, end, device=x_BTD.device)[None]
+        return self.position.bias(queries_BT, keys_BS)
+
     def math_flops(self, batch: int, tokens: int) -> int:
         return 4 * batch * tokens * tokens * self.heads * self.head_dim
+
+
+def head_shapes(
+    dim: int, heads: int, kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """The key-value heads and the head width, by default as many and D / heads.
+
+    Raises:
+        UserError: where they do not divide.
+    """
+    groups = kv_heads or heads
+    if heads % groups:
+        raise UserError(f"attention: heads ({heads}) must be a multiple of kv_heads ({groups})")
+    if head_dim is None and dim % heads:
+        raise UserError(f"attention: dim ({dim}) must be a multiple of heads ({heads})")
+    return groups, head_dim or dim // heads
