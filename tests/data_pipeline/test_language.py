@@ -133,3 +133,11 @@ def test_validation_may_have_its_own_sources(documents: Path, tmp_path: Path, ca
     assert data.validation_text() == (tmp_path / "held.txt").read_bytes()
     tokens = sum(facts["train"]["bytes"] for facts in data.facts.values())
     assert tokens == sum(path.stat().st_size for path in documents.iterdir())
+
+
+def test_each_tokenizer_has_its_own_tokens(documents: Path, cache: Path) -> None:
+    for name in ("bytes", "characters", "bytes"):
+        data = language(cache, sources=str(documents), tokenizer=name)
+        assert data.tokenizer is not None and data.tokenizer.name == name
+        text = data.tokenizer.decode(data.train[0]["tokens"].tolist())
+        assert text.startswith("Document ")
