@@ -16,7 +16,8 @@ class Stack(nn.Module):
     """`depth` blocks that repeat `pattern`, with residuals opened before and joined after them.
 
     `context` holds the structural arguments shared by the blocks: dim, causal, max_length, grid.
-    `offset` and `total` place the stack's layers among all layers of a model with several stacks.
+    `offset` and `total` place the stack's layers among all layers of a model with several stacks;
+    a block's `layer` counts over all of them, its `index` within this one.
     """
 
     def __init__(
@@ -34,7 +35,10 @@ class Stack(nn.Module):
         self.dim: int = context["dim"]
         configs = [pattern[index % len(pattern)] for index in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(config, {**context, "layer": offset + index, "depth": total or depth})
+            Block(
+                config,
+                {**context, "layer": offset + index, "depth": total or depth, "index": index},
+            )
             for index, config in enumerate(configs)
         )
         if final_norm is None:

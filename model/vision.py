@@ -21,6 +21,7 @@ from model.language import as_pattern
 from model.leaves import IGNORE, Axis, Dropout, Replicated, leaves
 from model.output import Batch, ModelOutput
 from model.positions.base import position_for
+from model.precision import at_least_float32
 from model.stack import Stack
 from model.stems.base import Grid, Stem
 from model.stream import Stream
@@ -234,7 +235,10 @@ class VisionModel(nn.Module):
             logits = self.head(stream.hidden)
             if "targets" in batch:
                 losses = F.cross_entropy(
-                    logits.float(), batch["targets"], ignore_index=IGNORE, reduction="none"
+                    at_least_float32(logits),
+                    batch["targets"],
+                    ignore_index=IGNORE,
+                    reduction="none",
                 )
         elif "targets" in batch:
             raise UserError("targets need a head: set model.classes")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.registry import build
 from model.leaves import Axis, ReplicatedLinear, leaves
+from model.precision import at_least_float32
 from model.stems.base import Grid
 
 Pool = Literal["class_token", "mean", "distilled"]
@@ -97,8 +98,8 @@ class Reconstruction(nn.Module):
 
     def loss(self, x_BTD: Tensor, images_BCHW: Tensor, mask_BP: Tensor) -> Tensor:
         """The mean error over the pixels of masked patches, B; 0 where nothing is masked."""
-        target = self._cut(images_BCHW).float()
-        predicted = self._cut(self(x_BTD)).float()
+        target = self._cut(at_least_float32(images_BCHW))
+        predicted = self._cut(at_least_float32(self(x_BTD)))
         if self.kind == "normalised_pixels":
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from core.errors import UserError
 from model.stream import Stream
 
 
@@ -23,3 +24,18 @@ class Mixer(nn.Module):
     def math_flops(self, batch: int, tokens: int) -> int:
         """Forward operations that no leaf counts, such as the scores of attention."""
         return 0
+
+
+def image_grid(
+    mixer: str, grid: tuple[int, int] | None, tokens: int | None = None
+) -> tuple[int, int]:
+    """The grid of a mixer that needs one, and needs every token to stand in it.
+
+    Raises:
+        UserError: where there is no grid, or tokens beside it.
+    """
+    if grid is None:
+        raise UserError(f"mixer {mixer} needs the grid of an image's tokens: use kind: vision")
+    if tokens is not None and tokens != grid[0] * grid[1]:
+        raise UserError(f"mixer {mixer}: a class token has no place in the grid; use pool: mean")
+    return grid

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from core.errors import UserError
+from model.leaves import Convolution
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
@@ -42,3 +43,8 @@ def per_token(norm: nn.Module | None, where: str) -> nn.Module | None:
     if getattr(norm, "over_tokens", False):
         raise UserError(f"{where}: this norm runs over tokens; use one per token, e.g. layernorm")
     return norm
+
+
+def extent(conv: Convolution, side: int) -> int:
+    """How many outputs a convolution has along a side of this many inputs."""
+    return (side + 2 * conv.padding - conv.weight.shape[-1]) // conv.stride + 1

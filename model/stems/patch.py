@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -29,6 +29,8 @@ class PatchEmbedding(Stem):
         bias: a bias in the projection.
     """
 
+    probe: ClassVar[dict[str, Any]] = {"patch": 4}
+
     def __init__(
         self,
         dim: int,
@@ -41,7 +43,9 @@ class PatchEmbedding(Stem):
         super().__init__()
         self.patch = patch
         self.project = Convolution(channels, dim, patch, patch, bias=bias)
-        self.norm = per_token(build("norm", norm, dim=dim) if norm else None, "stem patch")
+        self.norm = per_token(
+            build("norm", norm, dim=dim) if norm is not None else None, "stem patch"
+        )
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
         self.grid(images_BCHW.shape[2], images_BCHW.shape[3])
