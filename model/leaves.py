@@ -215,7 +215,7 @@ class VocabHead(Leaf):
         if softcap is not None:
             logits_BTV = softcap * torch.tanh(logits_BTV / softcap)
         flat = self.ops.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), IGNORE)
-        return flat.view(targets_BT.shape)
+        return flat.view(targets_BT.shape).clone()  # not a view: FSDP hooks what a model returns
 
     def flops(self, *inputs: Tensor) -> int:
         return 2 * inputs[0].numel() * self.vocab

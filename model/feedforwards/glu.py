@@ -7,7 +7,7 @@ Axes: B batch, T tokens, D width, F hidden channels.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class GLU(nn.Module):
         activation: the gate's nonlinearity.
         dropout: dropout on the hidden channels.
     """
+
+    probe: ClassVar[dict[str, Any]] = {"multiple_of": 8}
 
     def __init__(
         self,
