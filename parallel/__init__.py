@@ -1,1 +1,5 @@
 """Meshes, engines and sharding: how one model runs on many devices."""
+
+from core.registry import load_from
+
+load_from("engine", "parallel.native")

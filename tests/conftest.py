@@ -8,9 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import ipaddress
 import socket
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
+
+from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -27,3 +31,21 @@ def _connect_locally(self: socket.socket, address: Any) -> None:
 
 
 socket.socket.connect = _connect_locally  # type: ignore[method-assign]
+
+
+def _pool(size: int) -> Iterator[Ranks]:
+    ranks = Ranks(size)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two rank processes, started at first use and kept for the session."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four of them, for slow tests."""
+    yield from _pool(4)

@@ -134,6 +134,10 @@ class Attention(Mixer):
             keys_BS = torch.arange(end - keys, end, device=x_BTD.device)[None]
         return self.position.bias(queries_BT, keys_BS)
 
+    def split_sizes(self) -> dict[str, int]:
+        """What tensor parallelism must divide."""
+        return {"heads": self.heads, "kv_heads": self.kv_heads}
+
     def math_flops(self, batch: int, tokens: int) -> int:
         return 4 * batch * tokens * tokens * self.heads * self.head_dim
 

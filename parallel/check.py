@@ -1,0 +1,91 @@
+"""Whether a model can run under a layout, said in one line before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from core.config import Config
+from core.errors import UserError
+from core.registry import Entry, PartConfig, entries
+from model.leaves import roles
+from parallel.layout import Layout
+
+
+def check_model(
+    layout: Layout, model: nn.Module, *, recompute: str = "none", compile: bool = False
+) -> None:
+    """Check that every split axis divides evenly and that no part declares it cannot.
+
+    A module may say what its own math must be able to divide: `split_sizes() -> dict[str, int]`,
+    for example `{"heads": 8, "kv_heads": 2}`.
+
+    Args:
+        model: best built under `torch.device("meta")`; only shapes are read.
+
+    Raises:
+        UserError: for the first thing that does not fit.
+        TypeError: if a parameter has no role.
+    """
+    asked = {
+        "tp": layout.tp > 1,
+        "sp": layout.sequence_parallel,
+        "fsdp": layout.fsdp > 1,
+        "recompute": recompute != "none",
+        "compile": compile,
+    }
+    for entry in used_entries(model):
+        for contract, reason in entry.cannot.items():
+            if asked.get(contract):
+                raise UserError(f"{entry.slot} '{entry.name}' cannot do {contract}: {reason}")
+    known, tp = roles(model), layout.tp
+    if tp == 1:
+        return
+    for path, module in model.named_modules():
+        sizes = module.split_sizes() if hasattr(module, "split_sizes") else {}
+        for name, size in sizes.items():
+            if size % tp:
+                raise UserError(
+                    f"parallel.tp: {tp} does not divide {name} ({size}) of {path}; "
+                    f"{_fits(size, tp)}"
+                )
+    for name, parameter in model.named_parameters():
+        split = known[name].split
+        if split is not None and parameter.shape[split] % tp:
+            size = parameter.shape[split]
+            more = f", or make it {-(-size // tp) * tp}"
+            raise UserError(
+                f"parallel.tp: {tp} does not divide axis {split} ({size}) of {name}; "
+                f"{_fits(size, tp)}{more}"
+            )
+
+
+def _fits(size: int, tp: int) -> str:
+    best = max(candidate for candidate in range(1, tp) if size % candidate == 0)
+    return f"use parallel.tp={best}"
+
+
+def used_entries(model: nn.Module) -> Iterator[Entry]:
+    """The registered parts of a model: its modules, and what its config names."""
+    by_target = {entry.target: entry for entry in entries()}
+    seen: set[tuple[str, str]] = set()
+    modules = (by_target.get(type(module)) for module in model.modules())
+    named = (part.entry for part in _parts(getattr(model, "config", None)))
+    for entry in (*modules, *named):
+        if entry is not None and (entry.slot, entry.name) not in seen:
+            seen.add((entry.slot, entry.name))
+            yield entry
+
+
+def _parts(value: Any) -> Iterator[PartConfig]:
+    """Every part config inside a config."""
+    if isinstance(value, PartConfig):
+        yield value
+    if isinstance(value, Config):
+        for name in type(value).model_fields:
+            yield from _parts(getattr(value, name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)

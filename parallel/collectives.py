@@ -1,0 +1,187 @@
+"""Differentiable collectives over one axis: each names its forward and its backward.
+
+What the right backward is depends on whether gradients are alike or partial sums where a value is
+used; `parallel/tensor.py` chooses by the rules of `model/operations.py`.
+
+Tensors go through PyTorch's functional collectives, which return at once and wait when the result
+is first used: a sum that leaves a sublayer and is not read at once (the ladder residual's) runs
+beside the next computation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+from torch.autograd import Function
+
+Group = dist.ProcessGroup
+
+# The names changed in torch 2.13.
+_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_scatter: Any = (
+    getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+)
+
+
+def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    summed: Tensor = functional.all_reduce(x.contiguous(), op, group)
+    return summed
+
+
+def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """The ranks' parts, concatenated along `dim` in rank order."""
+    whole: Tensor = _gather(x.contiguous(), dim % x.dim(), group)
+    return whole
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part along `dim` of the sum over ranks."""
+    own: Tensor = _scatter(x.contiguous(), "sum", dim % x.dim(), group)
+    return own
+
+
+def broadcast(x: Tensor, group: Group) -> Tensor:
+    """The first rank's tensor, on every rank."""
+    value: Tensor = functional.broadcast(x, 0, group)  # the rank in the group
+    return value
+
+
+def part(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part along `dim` of a tensor that every rank holds; no communication."""
+    size = x.shape[dim] // group.size()
+    return x.narrow(dim, group.rank() * size, size)
+
+
+def apply(function: Any, *args: Any) -> Tensor:
+    """Call an autograd function; its `apply` is untyped."""
+    value: Tensor = function.apply(*args)
+    return value
+
+
+class Copy(Function):
+    """The identity; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return all_reduce(grad, ctx.group), None
+
+
+class Reduce(Function):
+    """Sums over the ranks; backward is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class ReduceBoth(Function):
+    """Sums over the ranks, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return all_reduce(grad, ctx.group), None
+
+
+class GatherScatter(Function):
+    """Concatenates the ranks' parts; backward sums over the ranks and keeps this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class GatherPart(Function):
+    """Concatenates the ranks' parts; backward keeps this rank's part of an alike gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return part(grad, ctx.dim, ctx.group), None, None
+
+
+class ScatterGather(Function):
+    """Sums over the ranks and keeps this rank's part; backward concatenates the parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+class Share(Function):
+    """The identity; backward gives every rank an equal share of an alike gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad / ctx.size, None
+
+
+class VocabCrossEntropy(Function):
+    """Negative log-likelihood of rows whose logits are split over the vocabulary.
+
+    Three numbers a row cross the axis: the maximum, the sum of exponentials and the target's logit.
+    N rows, V the whole vocabulary, of which this rank holds an equal part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, ignore: int, group: Group
+    ) -> Tensor:
+        logits = logits_NV.float()
+        top_N = all_reduce(logits.amax(-1), group, "max")
+        logits = logits - top_N[:, None]
+        own_N = targets_N - group.rank() * logits.shape[-1]
+        here_N = (own_N >= 0) & (own_N < logits.shape[-1])
+        own_N = own_N.where(here_N, 0)
+        target_N = logits.gather(-1, own_N[:, None])[:, 0].where(here_N, 0.0)
+        exponentials = logits.exp_()
+        sums_2N = all_reduce(torch.stack((exponentials.sum(-1), target_N)), group)
+        total_N, target_N = sums_2N[0], sums_2N[1]
+        kept_N = targets_N != ignore
+        ctx.save_for_backward(exponentials, total_N, own_N, here_N, kept_N)
+        ctx.dtype = logits_NV.dtype
+        return (total_N.log() - target_N).where(kept_N, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> Any:
+        exponentials, total_N, own_N, here_N, kept_N = ctx.saved_tensors
+        grad_N = grad_N.where(kept_N, 0.0)
+        grad = exponentials * (grad_N / total_N)[:, None]
+        grad.scatter_add_(-1, own_N[:, None], -grad_N.where(here_N, 0.0)[:, None])
+        return grad.to(ctx.dtype), None, None, None

@@ -1,0 +1,291 @@
+"""The native engine: PyTorch's own FSDP2, DDP and DTensor around the leaf operations.
+
+One process runs the model as it is. Data parallelism alone is DDP; with FSDP or a tensor axis it is
+FSDP2 (HSDP where both data axes are above 1), whose parameters are DTensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from core.errors import UserError, hint
+from core.hashing import stable_hash
+from core.registry import register
+from model.leaves import roles
+from model.operations import Operations
+from model.output import Batch
+from parallel.check import check_model
+from parallel.config import ParallelConfig
+from parallel.engine import LossFunction, Precision, Recompute, Sums
+from parallel.gradients import local, local_gradients, scale, squares, sum_over
+from parallel.layout import AXES, Layout
+from parallel.recompute import wrap_blocks
+from parallel.shard import fill, local_part, split_data, split_tensor
+from parallel.tensor import DataOperations, TensorOperations, bind, partial_names
+
+
+@register("engine", "native")
+class NativeEngine:
+    """One process, data parallel, FSDP2 and HSDP, tensor and sequence parallel."""
+
+    model: nn.Module
+
+    def __init__(self, layout: Layout, device: torch.device, config: ParallelConfig | None = None):
+        self.layout, self.device = layout, device
+        self.config = config or ParallelConfig()
+        self.data_rank, self.data_size = layout.data_rank, layout.data_size
+        self.mesh: DeviceMesh | None = None
+        self._data: dist.ProcessGroup | None = None
+        if layout.world > 1:
+            self.mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
+            if self.data_size > 1:
+                self._data = self.mesh["replicate", "fsdp"]._flatten("data").get_group()
+        self._precision: Precision = "fp32"
+        self._partial: set[str] = set()
+        self._split: set[str] = set()
+        self._runs: nn.Module | None = None  # the model as it is called in training
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether FSDP2 wraps the model."""
+        return self.layout.fsdp > 1 or (self.layout.replicate > 1 and self.layout.tp > 1)
+
+    def _group(self, axis: str) -> dist.ProcessGroup:
+        assert self.mesh is not None
+        return self.mesh.get_group(axis)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        *,
+        seed: int,
+        precision: Precision = "fp32",
+        recompute: Recompute = "none",
+        compile: bool = False,
+    ) -> None:
+        check_model(self.layout, model, recompute=recompute, compile=compile)
+        if not all(parameter.is_meta for parameter in model.parameters()):
+            raise TypeError(
+                'build the model under torch.device("meta"): prepare gives it its values'
+            )
+        assert not list(model.buffers()), "leaves own all state; buffers would have no first value"
+        self.model, self._precision = model, precision
+        known = roles(model)
+        self._split = {name for name, role in known.items() if role.split is not None}
+        if self.layout.tp > 1:
+            assert self.mesh is not None
+            split_tensor(model, self.mesh["tp"])
+            self._partial = partial_names(model, self.layout.sequence_parallel)
+        bind(model, self._operations())
+        wrap_blocks(model, recompute, compile)
+        if self._sharded:
+            assert self.mesh is not None
+            hybrid = self.layout.replicate > 1
+            mesh = self.mesh["replicate", "fsdp"] if hybrid else self.mesh["fsdp"]
+            split_data(model, mesh, precision == "bf16", self.config.keep_gathered)
+        model.to_empty(device=self.device)
+        fill(model, self.layout, seed)
+        self.seed(seed)
+        self._runs = model
+
+    def _operations(self) -> Operations:
+        if self.layout.tp == 1:
+            return DataOperations(self._data)
+        return TensorOperations(self._group("tp"), self._data, self.layout.sequence_parallel)
+
+    def seed(self, seed: int) -> None:
+        """Seed torch's generators: apart over the data axes, alike over the tensor axis.
+
+        Under sequence parallelism the ranks of the tensor axis hold different tokens, so they are
+        apart as well.
+        """
+        place = self.layout.rank if self.layout.sequence_parallel else self.data_rank
+        torch.manual_seed(stable_hash("rng", seed, place) % 2**63)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+    def forward_backward(self, batches: list[Batch], loss: LossFunction) -> Sums:
+        assert self._runs is not None and batches, "prepare the engine, and bring micro-batches"
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        batches = [self._move(batch) for batch in batches]
+        known = self._counts(batches, loss)
+        held: Sums = {}
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with self._synchronised(last):
+                with self._autocast():
+                    sums = loss(self._runs, batch)
+                if known is None and len(batches) == 1:
+                    known = self._reduced(sums)
+                self._backward(sums, known, len(batches))
+            for name, value in sums.items():
+                held[name] = held[name] + value.detach() if name in held else value.detach()
+        self._finish(held, known)
+        return held
+
+    def _move(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _counts(self, batches: list[Batch], loss: LossFunction) -> Sums | None:
+        """The step's divisors, if the loss can tell them from the batches alone."""
+        if not hasattr(loss, "counts"):
+            return None
+        parts = [loss.counts(batch) for batch in batches]
+        return self._reduced({key: torch.stack([p[key] for p in parts]).sum() for key in parts[0]})
+
+    def _reduced(self, sums: Sums) -> Sums:
+        """The divisors over the whole global batch, at least 1."""
+        keys = [key for key in ("count", "samples") if key in sums]
+        values = torch.stack([sums[key].detach().double().reshape(()) for key in keys])
+        return dict(zip(keys, self.total(values).clamp(min=1.0).float(), strict=True))
+
+    def _backward(self, sums: Sums, known: Sums | None, micro_batches: int) -> None:
+        root = sums["loss"].float()
+        if known is not None:
+            root = root / known["count"]
+        auxiliary = sums.get("auxiliary")
+        if auxiliary is not None and auxiliary.requires_grad:
+            if known is None:
+                raise TypeError(
+                    f"{micro_batches} micro-batches and auxiliary losses: the loss function needs "
+                    "counts(batch), so that count and samples are known before the backward pass"
+                )
+            root = root + auxiliary.float() / known["samples"]
+        if self._runs is not self.model:
+            root = root * self.data_size  # DDP averages
+        root.backward()
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Any:
+        """Leave gradients unreduced until the last micro-batch of the step."""
+        if isinstance(self._runs, DistributedDataParallel):
+            with contextlib.nullcontext() if last else self._runs.no_sync():
+                yield
+            return
+        if isinstance(self.model, FSDPModule):
+            self.model.set_is_last_backward(last)
+            if not self.config.reduce_every_micro_batch:
+                self.model.set_requires_gradient_sync(last)
+        yield
+
+    def _finish(self, sums: Sums, known: Sums | None) -> None:
+        """What is left when all micro-batches are done."""
+        if self._replicated and self._runs is self.model:
+            self._first_reduction()
+        gradients = dict(local_gradients(self.model.named_parameters()))
+        if self._partial:
+            named = [value for name, value in gradients.items() if name in self._partial]
+            sum_over(named, self._group("tp"))
+        if known is None:
+            count = self._reduced(sums)["count"]
+            scale(list(gradients.values()), 1.0 / count)
+
+    @property
+    def _replicated(self) -> bool:
+        """Whether DDP is to wrap the model."""
+        return self._data is not None and not self._sharded
+
+    @torch.no_grad()
+    def _first_reduction(self) -> None:
+        """Sum the first step's gradients here, see which parameters have any, and set DDP up.
+
+        A model may have parts that an objective leaves out, such as the class head in masked
+        modelling; DDP looks for them in every step only if there are some.
+        """
+        assert self._data is not None
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        used = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._data)
+        for parameter, anywhere in zip(trained, used.tolist(), strict=True):
+            if anywhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_over([p.grad for p in trained if p.grad is not None], self._data)
+        self._runs = DistributedDataParallel(
+            self.model,
+            process_group=self._data,
+            init_sync=False,  # every rank has computed the same first values
+            find_unused_parameters=not bool(used.all()),
+            gradient_as_bucket_view=True,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, loss: LossFunction) -> Sums:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._autocast():
+                sums = loss(self.model, self._move(batch))
+        finally:
+            self.model.train(training)
+        return {name: value.detach() for name, value in sums.items()}
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        split: list[Tensor] = []
+        whole: list[Tensor] = []
+        for name, value in local_gradients(self.model.named_parameters()):
+            (split if name in self._split else whole).append(value)
+        if self.layout.tp > 1:
+            # What every rank of the tensor axis holds whole counts once.
+            own = squares(split, self.device)
+            dist.all_reduce(own, group=self._group("tp"))
+            total = own + squares(whole, self.device)
+        else:
+            total = squares(split + whole, self.device)
+        if self.layout.fsdp > 1:
+            dist.all_reduce(total, group=self._group("fsdp"))
+        norm = total.sqrt().float()
+        if max_norm is not None:
+            scale(split + whole, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def total(self, value: Tensor) -> Tensor:
+        value = value.detach().to(self.device, copy=True)
+        if self._data is not None:
+            dist.all_reduce(value, group=self._data)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        if self.layout.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def model_state(self) -> dict[str, Any]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_model_state(self, state: dict[str, Any]) -> None:
+        known = roles(self.model)
+        if state.keys() != known.keys():
+            odd = sorted(state.keys() ^ known.keys())[0]
+            where = "is not in the model" if odd in state else "is missing"
+            raise UserError(f"model state: '{odd}' {where}{hint(odd, known)}")
+        for name, parameter in self.model.named_parameters():
+            value = state[name]
+            if value.shape != parameter.shape:
+                raise UserError(
+                    f"model state: '{name}' has shape {tuple(value.shape)}, "
+                    f"the model's has {tuple(parameter.shape)}"
+                )
+            if not isinstance(value, DTensor):
+                value = local_part(value, known[name], self.layout)
+            local(parameter).copy_(local(value))
+
+    def close(self) -> None:
+        self._runs = None
+        if dist.is_initialized():
+            dist.destroy_process_group()

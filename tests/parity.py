@@ -1,0 +1,215 @@
+"""One model, run on one process and under a layout: how far apart are they?
+
+`compare` builds the model from its config on both sides, from the same seed, and gives the largest
+relative errors of outputs, of every gradient and of the global gradient norm. The one process runs
+the plain model with plain autograd, without any engine.
+
+Errors are scaled by the largest entry: of the output; of that parameter's gradient, but at least
+`FLOOR` of the largest gradient entry of the model (a key's bias, for one, has a gradient of zero by
+the mathematics of softmax, and what is left of it is rounding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from model.init import initialise
+from model.output import Batch
+from model.zoo import build_model
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from parallel.native import NativeEngine
+from tests.ranks import Ranks
+
+FLOOR = 1e-2
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "tp2+sp": {"tp": 2, "sequence_parallel": True},
+    "fsdp2": {"fsdp": 2},
+    "replicate2": {"replicate": 2, "fsdp": 1},
+}
+LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2×fsdp2": {"tp": 2, "fsdp": 2},
+    "tp2+sp×fsdp2": {"tp": 2, "fsdp": 2, "sequence_parallel": True},
+    "hsdp2×2": {"replicate": 2, "fsdp": 2},
+    "tp2×replicate2": {"tp": 2, "replicate": 2, "fsdp": 1},
+}
+
+
+@dataclass
+class Measured:
+    """What a model gave: token losses of the whole batch, gradients by name, their norm."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+    norm: Tensor
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Errors:
+    """Largest relative errors; `gradients` by parameter."""
+
+    output: float
+    gradients: dict[str, float]
+    norm: float
+
+    @property
+    def gradient(self) -> float:
+        return max(self.gradients.values())
+
+    @property
+    def worst(self) -> float:
+        return max(self.output, self.gradient, self.norm)
+
+    def __str__(self) -> str:
+        name = max(self.gradients, key=lambda key: self.gradients[key])
+        return (
+            f"output {self.output:.1e}, gradient {self.gradient:.1e} ({name}), norm {self.norm:.1e}"
+        )
+
+
+class Loss:
+    """A loss function as training has them: cross-entropy and the model's auxiliary losses."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        output = model(batch)
+        self.outputs.append(output.token_losses.detach())
+        sums = {"loss": output.token_losses.sum(), **self.counts(batch)}
+        if output.losses:
+            sums["auxiliary"] = sum(value.sum() for value in output.losses.values())
+        return sums
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        if "targets" in batch:
+            count = (batch["targets"] != -100).sum()
+        else:  # masked images: one loss an image
+            count = torch.tensor(len(batch["mask"]))
+        first = next(iter(batch.values()))
+        return {"count": count.float(), "samples": torch.tensor(float(len(first)))}
+
+
+def on_meta(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def single(config: Any, batch: Batch, *, seed: int = 0) -> Measured:
+    """The plain model on one process."""
+    model = build_model(config)
+    initialise(model, seed)
+    model.train()
+    loss = Loss()
+    sums = loss(model, batch)
+    total = sums["loss"] / sums["count"]
+    if "auxiliary" in sums:
+        total = total + sums["auxiliary"] / sums["samples"]
+    total.backward()
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
+    return Measured(loss.outputs[0], gradients, norm.float(), [float(total.detach())])
+
+
+def start(layout: dict[str, Any], config: Any, *, seed: int = 0, **prepare: Any) -> NativeEngine:
+    """On a rank: an engine over the pool's world, the model prepared."""
+    import torch.distributed as dist
+
+    parallel = ParallelConfig(**layout)
+    placed = Layout.of(parallel, dist.get_world_size(), dist.get_rank())
+    engine = NativeEngine(placed, torch.device("cpu"), parallel)
+    engine.prepare(on_meta(config), seed=seed, **prepare)
+    engine.model.train()
+    return engine
+
+
+def share(engine: NativeEngine, batch: Batch, micro_batches: int = 1) -> list[Batch]:
+    """On a rank: its samples of a global batch, as micro-batches."""
+    own = {key: value.chunk(engine.data_size)[engine.data_rank] for key, value in batch.items()}
+    parts = {key: value.chunk(micro_batches) for key, value in own.items()}
+    return [{key: value[i] for key, value in parts.items()} for i in range(micro_batches)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def measure(
+    layout: dict[str, Any],
+    config: Any,
+    batch: Batch,
+    seed: int = 0,
+    micro_batches: int = 1,
+    prepare: dict[str, Any] | None = None,
+) -> tuple[int, int, Measured]:
+    """On a rank: its data rank and tensor rank, and what the engine gave."""
+    engine = start(layout, config, seed=seed, **(prepare or {}))
+    loss = Loss()
+    engine.forward_backward(share(engine, batch, micro_batches), loss)
+    norm = engine.clip_gradients(None)
+    gradients = {
+        name: whole(parameter.grad)
+        for name, parameter in engine.model.named_parameters()
+        if parameter.grad is not None
+    }
+    measured = Measured(torch.cat(loss.outputs), gradients, norm)
+    return engine.data_rank, engine.layout.tp_rank, measured
+
+
+def errors(got: Measured, wanted: Measured) -> Errors:
+    """How far apart two measurements are."""
+    assert got.gradients.keys() == wanted.gradients.keys()
+    floor = FLOOR * max(float(g.abs().max()) for g in wanted.gradients.values())
+    gradients = {
+        name: float((got.gradients[name] - value).abs().max())
+        / max(float(value.abs().max()), floor)
+        for name, value in wanted.gradients.items()
+    }
+    output = (got.output - wanted.output).abs().max() / wanted.output.abs().max()
+    norm = (got.norm - wanted.norm).abs() / wanted.norm
+    return Errors(float(output), gradients, float(norm))
+
+
+def compare(
+    ranks: Ranks,
+    config: Any,
+    batch: Batch,
+    layouts: dict[str, dict[str, Any]],
+    *,
+    seed: int = 0,
+    micro_batches: int = 1,
+    prepare: dict[str, Any] | None = None,
+) -> dict[str, Errors]:
+    """The errors of each layout, by its name, the worst of all its ranks.
+
+    Args:
+        config: a model config, or the mapping that makes one; no dropout.
+        batch: a global batch; its first axis divides by the data ranks and micro-batches.
+        layouts: `ParallelConfig` options by a name, such as `LAYOUTS`.
+        prepare: further arguments of `Engine.prepare`.
+    """
+    wanted = single(config, batch, seed=seed)
+    found: dict[str, Errors] = {}
+    for name, layout in layouts.items():
+        answers = ranks.run(measure, layout, config, batch, seed, micro_batches, prepare)
+        by_tensor: dict[int, list[tuple[int, Measured]]] = {}
+        for data_rank, tensor_rank, measured in answers:
+            by_tensor.setdefault(tensor_rank, []).append((data_rank, measured))
+        worst: list[Errors] = []
+        for held in by_tensor.values():
+            held.sort(key=lambda pair: pair[0])
+            output = torch.cat([measured.output for _, measured in held])
+            worst += [errors(Measured(output, m.gradients, m.norm), wanted) for _, m in held]
+        found[name] = max(worst, key=lambda each: each.worst)
+    return found
