@@ -25,7 +25,8 @@ class Scores:
 
     causal: query t sees keys up to t (keys end where the queries end).
     window: how many of the latest keys a query sees, itself among them; None for all.
-    documents, key_documents: a query sees keys of its own document only.
+    documents, key_documents: a query sees keys of its own document only; the second are those of
+        the keys, where they are not the queries' own. A query that sees no key gets zeros.
     bias: added to the scores, [B or 1, H, T, S].
     scale: multiplies q·k; 1/sqrt(K) if None.
     softcap: scores become c·tanh(score/c).
@@ -49,7 +50,8 @@ class Scores:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """True where a query sees a key, [B or 1, 1, T, S]; None where all see all."""
-        key = f"mask:{queries}:{keys}:{self.causal}:{self.window}:{self.documents is None}"
+        packed = (self.documents is not None, self.key_documents is not None)
+        key = f"mask:{queries}:{keys}:{self.causal}:{self.window}:{packed}"
         if key not in self.scratch:
             self.scratch[key] = self._mask(queries, keys, device)
         held: Tensor | None = self.scratch[key]
@@ -98,9 +100,12 @@ def reference(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scores: Scores) ->
         s_BHTS = s_BHTS + scores.bias
     mask = scores.mask(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
     if mask is not None:
-        s_BHTS = s_BHTS.masked_fill(~mask, -math.inf)
-    weights = F.dropout(s_BHTS.softmax(-1), scores.dropout).to(v.dtype)
-    return weights @ v
+        # A finite fill: a query that sees no key gets zeros below, and no NaN in its gradient.
+        s_BHTS = s_BHTS.masked_fill(~mask, torch.finfo(s_BHTS.dtype).min)
+    w_BHTS = s_BHTS.softmax(-1)
+    if mask is not None:
+        w_BHTS = w_BHTS.masked_fill(~mask, 0.0)
+    return F.dropout(w_BHTS, scores.dropout).to(v.dtype) @ v
 
 
 def sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scores: Scores) -> Tensor:

@@ -25,6 +25,10 @@ class Mixer(nn.Module):
         """Forward operations that no leaf counts, such as the scores of attention."""
         return 0
 
+    def forward_math_flops(self, x_BTD: Tensor, stream: Stream) -> int:
+        """`math_flops` of one call; for mixers where they depend on more than x's shape."""
+        return self.math_flops(x_BTD.shape[0], x_BTD.shape[1])
+
 
 def image_grid(
     mixer: str, grid: tuple[int, int] | None, tokens: int | None = None
