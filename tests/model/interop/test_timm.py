@@ -179,5 +179,5 @@ def test_weights_that_do_not_fit_are_named():
         from_timm(state, wider)
     with pytest.raises(UserError, match=r"lack the model's 'stages\.0\.stack\.blocks\.1"):
         from_timm(state, deeper)
-    with pytest.raises(UserError, match="'blocks.0.attn.scale' has no place"):
+    with pytest.raises(UserError, match=r"'blocks\.0\.attn\.scale' has no place"):
         from_timm({**state, "blocks.0.attn.scale": torch.zeros(1)}, model)
