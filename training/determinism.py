@@ -11,12 +11,11 @@ import torch
 from core.hashing import stable_hash
 
 
-def seed_everything(seed: int, data_rank: int) -> None:
-    """Seed every generator; ranks that read the same samples draw the same numbers."""
+def seed_hosts(seed: int, data_rank: int) -> None:
+    """Seed Python's and NumPy's generators; torch's are the engine's, which knows the layout."""
     number = stable_hash("run", seed, data_rank)
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.manual_seed(number % 2**63)  # the CPU's and every GPU's
 
 
 def use_deterministic(on: bool) -> None:

@@ -26,12 +26,13 @@ from training.callbacks.standard import standard
 from training.callbacks.stop import StopSignals
 from training.config import TrainConfig
 from training.counts import count_run
-from training.determinism import seed_everything, use_deterministic
+from training.determinism import seed_hosts, use_deterministic
 from training.failure import RunFailure
 from training.meter import Meter
 from training.objectives.base import Objective
 from training.objectives.choose import choose_objective
 from training.optimizers.base import Optimizer
+from training.optimizers.shards import drop_gathered
 from training.outcome import Outcome
 from training.schedules.base import Schedule
 from training.validate import validate
@@ -97,7 +98,7 @@ class Trainer:
             recompute=config.recompute,
             compile=config.compile,
         )
-        seed_everything(seed, engine.data_rank)
+        seed_hosts(seed, engine.data_rank)
         self.optimizer: Optimizer = build("optimizer", config.optimizer, model=engine.model)
         self.average = (
             MovingAverage(self.optimizer.shards, config.ema) if config.ema is not None else None
@@ -276,8 +277,12 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model holds the average of its weights, if one is kept."""
-        with self.average.swapped() if self.average is not None else nullcontext():
-            yield
+        try:
+            with self.average.swapped() if self.average is not None else nullcontext():
+                drop_gathered(self.engine.model)
+                yield
+        finally:
+            drop_gathered(self.engine.model)
 
     def request_stop(self, signal: str) -> None:
         """Stop after this step, on all ranks, once it is saved; safe in a signal handler."""

@@ -1,4 +1,4 @@
-"""A tiny model, tiny data and a one-process engine: what the training tests share."""
+"""A tiny model and tiny data: what the training tests share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from core.config import parse
 from data_pipeline.data import Data
-from model.init import initialise
 from model.zoo import build_model
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from parallel.native import NativeEngine
 from training.config import TrainConfig
 from training.trainer import Trainer
 
@@ -81,7 +83,7 @@ def pictures(count: int, seed: int) -> Items:
     items = []
     for i in range(count):
         image = torch.randn(1, 8, 8, generator=generator)
-        image[:, 2 * (i % 3) : 2 * (i % 3) + 3] += 1.0
+        image[:, 2 * (i % 3) : 2 * (i % 3) + 3] += 2.0
         items.append({"images": image, "targets": torch.tensor(i % 3)})
     return Items(items)
 
@@ -100,55 +102,18 @@ def vision_data(train: int = 48, validation: int = 10) -> Data:
     )
 
 
-class OneProcess:
-    """The engine protocol on one process, in the fewest lines."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.data_rank, self.data_size = 0, 1
-        self.model: nn.Module = nn.Identity()
-
-    def prepare(self, model: nn.Module, *, seed: int, **options: Any) -> None:
-        self.model = model.to_empty(device="cpu")
-        initialise(self.model, seed)
-
-    def forward_backward(self, batches: list[dict[str, Tensor]], loss: Any) -> dict[str, Tensor]:
-        totals: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, value in loss(self.model, batch).items():
-                totals[name] = totals.get(name, torch.zeros(())) + value
-        objective = totals["loss"] / totals["count"]
-        if "auxiliary" in totals:
-            objective = objective + totals["auxiliary"] / totals["samples"]
-        objective.backward()
-        return {name: value.detach() for name, value in totals.items()}
-
-    @torch.no_grad()
-    def evaluate(self, batch: dict[str, Tensor], loss: Any) -> dict[str, Tensor]:
-        return loss(self.model, batch)
-
-    def clip_gradients(self, max_norm: float | None) -> Tensor:
-        limit = float("inf") if max_norm is None else max_norm
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-
-    def total(self, value: Tensor) -> Tensor:
-        return value
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def model_state(self) -> dict[str, Any]:
-        return dict(self.model.named_parameters())
-
-    def load_model_state(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(state[name])
-
-
 def make_model(config: dict[str, Any] = LANGUAGE) -> nn.Module:
     with torch.device("meta"):
         return build_model(config)
+
+
+def make_engine(**layout: Any) -> NativeEngine:
+    """This process's engine, in the world that it is in."""
+    joined = torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if joined else 1
+    rank = torch.distributed.get_rank() if joined else 0
+    config = parse(ParallelConfig, layout)
+    return NativeEngine(Layout.of(config, world, rank), torch.device("cpu"), config)
 
 
 def make_trainer(
@@ -162,7 +127,7 @@ def make_trainer(
     own = {k: options.pop(k) for k in ("folder", "checkpoint", "callbacks", "seed") if k in options}
     config = parse(TrainConfig, {"steps": 10, "global_batch": 8, **options})
     model = model or (LANGUAGE if data.kind == "language" else VISION)
-    return Trainer(config, engine or OneProcess(), make_model(model), data, **own)
+    return Trainer(config, engine or make_engine(), make_model(model), data, **own)
 
 
 class Losses:

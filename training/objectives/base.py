@@ -37,6 +37,14 @@ class Objective:
         """
         return batch
 
+    def counts(self, batch: Batch) -> Sums:
+        """`count` and `samples` of a prepared batch, without running the model."""
+        targets = batch["targets"]
+        return {
+            "count": (targets != IGNORE).sum().float(),
+            "samples": counted(targets).sum().float(),
+        }
+
     def __call__(self, model: nn.Module, batch: Batch) -> Sums:
         """The sums of one micro-batch: scalars, float32, `loss` and `auxiliary` with gradient."""
         raise NotImplementedError
@@ -56,16 +64,15 @@ class Objective:
         return report
 
 
-def common(output: ModelOutput, counted_B: Tensor) -> Sums:
-    """The sums that every objective has: samples, auxiliary losses, the model's scalar metrics.
+def common(objective: Objective, output: ModelOutput, batch: Batch) -> Sums:
+    """The sums that every objective has: counts, auxiliary losses, the model's scalar metrics.
 
-    Args:
-        counted_B: whether each sample counts; what fills up a short batch does not.
+    What fills up a short batch counts for nothing.
     """
-    weight_B = counted_B.float()
-    samples = weight_B.sum()
-    sums: Sums = {"samples": samples}
+    sums = objective.counts(batch)
+    samples = sums["samples"]
     if output.losses:
+        weight_B = counted(batch["targets"]).float()
         sums["auxiliary"] = torch.stack(
             [(loss_B.float() * weight_B).sum() for loss_B in output.losses.values()]
         ).sum()

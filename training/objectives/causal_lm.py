@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.registry import register
 from model.leaves import IGNORE
 from model.output import Batch
-from training.objectives.base import Objective, Sums, common, counted
+from training.objectives.base import Objective, Sums, common
 
 
 @register("objective", "causal_lm")
@@ -35,14 +35,12 @@ class CausalLM(Objective):
     def __call__(self, model: nn.Module, batch: Batch) -> Sums:
         targets_BT = batch["targets"]
         output = model(batch)
-        sums = common(output, counted(targets_BT))
+        sums = common(self, output, batch)
         sums["loss"] = output.token_losses.sum()
-        kept_BT = targets_BT != IGNORE
-        sums["count"] = kept_BT.sum().float()
         if self.bytes_V is not None and not torch.is_grad_enabled():
             self.bytes_V = self.bytes_V.to(targets_BT.device)
             # Ids beyond the tokenizer's, in a vocabulary rounded up, stand for no text.
-            known_BT = kept_BT & (targets_BT < len(self.bytes_V))
+            known_BT = (targets_BT != IGNORE) & (targets_BT < len(self.bytes_V))
             sums["bytes"] = self.bytes_V[targets_BT.where(known_BT, 0)].where(known_BT, 0.0).sum()
         return sums
 

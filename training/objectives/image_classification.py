@@ -15,7 +15,7 @@ from torch import nn
 from core.registry import register
 from model.leaves import IGNORE
 from model.output import Batch
-from training.objectives.base import Objective, Sums, common, counted
+from training.objectives.base import Objective, Sums, common
 
 
 @register("objective", "image_classification")
@@ -36,7 +36,7 @@ class ImageClassification(Objective):
         targets_B = batch["targets"]
         output = model({key: value for key, value in batch.items() if key != "targets"})
         logits_BC = output.logits.float()
-        sums = common(output, counted(targets_B))
+        sums = common(self, output, batch)
         sums["loss"] = F.cross_entropy(
             logits_BC,
             targets_B,
@@ -44,6 +44,5 @@ class ImageClassification(Objective):
             reduction="sum",
             label_smoothing=self.label_smoothing if torch.is_grad_enabled() else 0.0,
         )
-        sums["count"] = sums["samples"]
         sums["correct"] = (logits_BC.detach().argmax(1) == targets_B).sum().float()
         return sums

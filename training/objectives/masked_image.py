@@ -50,8 +50,6 @@ class MaskedImage(Objective):
     def __call__(self, model: nn.Module, batch: Batch) -> Sums:
         output = model(batch)
         losses_B = output.token_losses
-        kept_B = counted(batch["targets"]) if "targets" in batch else torch.ones_like(losses_B) > 0
-        sums = common(output, kept_B)
-        sums["loss"] = (losses_B * kept_B).sum()
-        sums["count"] = sums["samples"]
+        sums = common(self, output, batch)
+        sums["loss"] = (losses_B * counted(batch["targets"])).sum()
         return sums

@@ -81,9 +81,7 @@ class MaskedLM(Objective):
         }
 
     def __call__(self, model: nn.Module, batch: Batch) -> Sums:
-        targets_BT = batch["targets"]
         output = model(batch)
-        sums = common(output, counted(targets_BT))
+        sums = common(self, output, batch)
         sums["loss"] = output.token_losses.sum()
-        sums["count"] = (targets_BT != IGNORE).sum().float()
         return sums

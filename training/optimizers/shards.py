@@ -11,19 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from model.leaves import Role, roles
-
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation recomputation put into a parameter's name."""
-
-
-def logical(name: str) -> str:
-    """A parameter's name without the wrappers around its module."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 @dataclass(eq=False)
@@ -40,8 +31,7 @@ class Shard:
         gradient = self.parameter.grad
         if isinstance(gradient, DTensor):
             assert isinstance(self.parameter, DTensor)
-            if gradient.placements != self.parameter.placements:
-                gradient = gradient.redistribute(placements=self.parameter.placements)
+            assert gradient.placements == self.parameter.placements, self.name
             gradient = local_part(gradient)
         self.local.grad = gradient
 
@@ -93,7 +83,18 @@ def shards(model: nn.Module) -> list[Shard]:
     """
     known = roles(model)
     return [
-        Shard(logical(name), parameter, known[name], local_part(parameter))
+        Shard(name, parameter, known[name], local_part(parameter))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Forget whole parameters that FSDP2 has gathered, so that the next forward pass reads shards.
+
+    After a forward pass without a backward pass the outermost parameters stay gathered; a change of
+    their shards, as by swapping in an average, would otherwise not be seen.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,79 @@
+"""Every layout makes the same run: AdamW, Muon, the average, validation, resume."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from checkpoints.config import CheckpointConfig
+from tests.training.helpers import LANGUAGE, Losses, language_data, make_engine, make_trainer
+
+LAYOUTS = {
+    "replicate2": {"replicate": 2, "fsdp": 1},
+    "fsdp2": {"fsdp": 2},
+    "tp2": {"tp": 2},
+    "tp2+sp": {"tp": 2, "sequence_parallel": True},
+}
+OPTIMIZERS = {
+    "adamw": {"name": "adamw", "lr": 3e-3},
+    "muon": {"name": "muon", "lr": 0.02, "weight_decay": 0.1},
+}
+# Gated, so that matrices of several shapes are sharded along either axis.
+MODEL = {**LANGUAGE, "block": {**LANGUAGE["block"], "feedforward": {"name": "swiglu", "ratio": 2}}}
+
+
+def train(optimizer, layout=None, folder=None, resume=False, steps=12, **options):
+    """Losses and gradient norms, and held-out losses of the average; the same on every rank."""
+    collected = Losses()
+    trainer = make_trainer(
+        language_data(),
+        model=MODEL,
+        engine=make_engine(**(layout or {})),
+        steps=steps,
+        micro_batch=2,
+        optimizer=OPTIMIZERS[optimizer],
+        schedule="constant",
+        ema=0.8,
+        folder=folder,
+        checkpoint=CheckpointConfig(every=6, **{"async": False}) if folder else None,
+        callbacks=[collected],
+        **options,
+    )
+    outcome = trainer.run(resume=resume)
+    rows = [(r["loss"], r["grad_norm"]) for r in collected.records]
+    return rows, outcome.validation
+
+
+@lru_cache
+def alone(optimizer):
+    return train(optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_are_one_process(ranks, layout, optimizer):
+    rows, validation = alone(optimizer)
+    for theirs, measured in ranks.run(train, optimizer, LAYOUTS[layout]):
+        assert theirs[0] == pytest.approx(rows[0], rel=1e-5)
+        for a, b in zip(theirs, rows, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+        assert measured == pytest.approx(validation, rel=1e-4)
+    assert rows[-1][0] < rows[0][0]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+def test_saved_by_two_ranks_and_resumed_by_one(ranks, layout, tmp_path: Path):
+    rows, validation = alone("muon")
+    halves = ranks.run(train, "muon", LAYOUTS[layout], folder=tmp_path, steps=6)
+    rest, measured = train("muon", folder=tmp_path, resume=True)
+    for a, b in zip(halves[0][0] + rest, rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert measured == pytest.approx(validation, rel=1e-4)
+
+
+def test_resumed_at_the_same_layout_is_bitwise(ranks, tmp_path: Path):
+    (rows, validation), _ = ranks.run(train, "muon", LAYOUTS["fsdp2"])
+    (first, _), _ = ranks.run(train, "muon", LAYOUTS["fsdp2"], folder=tmp_path, steps=6)
+    (rest, measured), _ = ranks.run(train, "muon", LAYOUTS["fsdp2"], folder=tmp_path, resume=True)
+    assert first + rest == rows
+    assert measured == validation
