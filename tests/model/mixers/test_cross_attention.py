@@ -70,7 +70,7 @@ def model(**changes):
 
 
 def test_an_encoder_decoder_learns_to_reverse_its_source():
-    """Targets are a function of the source alone, so the loss falls below ln 12 only through the memory."""
+    """Targets depend on the source alone: only through the memory can the loss pass ln 12."""
     torch.manual_seed(0)
     lm = model()
     optimizer = torch.optim.Adam(lm.parameters(), 1e-2)
