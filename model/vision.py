@@ -159,7 +159,7 @@ class VisionModel(nn.Module):
         self.axis = Axis()
         self.stem: Stem = build("stem", config.stem, dim=dim, channels=config.channels)
         grid = self.stem.grid(*self.image_size)
-        self.patches = grid[0] * grid[1]
+        self.grid, self.patches = grid, grid[0] * grid[1]
         prefix = {"class_token": 1, "distilled": 2, "mean": 0}[config.pool]
         self.prefix = Replicated(prefix, dim) if prefix else None
         self.mask_token = Replicated(dim) if config.reconstruct else None
@@ -175,7 +175,7 @@ class VisionModel(nn.Module):
         self.dropout = Dropout(config.embedding_dropout)
 
         self.stages = nn.ModuleList()
-        patches, offset, before = grid, 0, dim
+        offset, before = 0, dim
         for index, stage in enumerate(layout):
             resample = None
             if index:
@@ -201,7 +201,7 @@ class VisionModel(nn.Module):
             )
         if config.reconstruct is not None:
             self.reconstruction = Reconstruction(
-                before, config.channels, self.image_size, patches, grid, config.reconstruct
+                before, config.channels, self.image_size, self.grid, grid, config.reconstruct
             )
 
     def forward(self, batch: Batch) -> ModelOutput:
@@ -213,6 +213,12 @@ class VisionModel(nn.Module):
     def embed(self, batch: Batch) -> Stream:
         """The stream that enters the first block."""
         x_BTD, grid = self.stem(batch["images"])
+        if grid != self.grid and (self.position is not None or self.reconstruction is not None):
+            rows, columns = batch["images"].shape[2:]
+            raise UserError(
+                f"images of {rows}×{columns} pixels, but this model is for "
+                f"{self.image_size[0]}×{self.image_size[1]}: resize them or set model.image_size"
+            )
         if "mask" in batch:
             if self.mask_token is None:
                 raise UserError("masked images need model.reconstruct, e.g. normalised_pixels")

@@ -39,8 +39,8 @@ class WindowAttention(Mixer):
     A shifted block moves the image up and left by half a window, so that windows join what the
     block before kept apart; tokens that meet only because the image wraps around do not see each
     other. A window is no larger than the grid, and along an axis that one window covers there is
-    no shift. A grid that windows do not divide is filled up with zeros, below and on the right,
-    which are seen as tokens, as in the published models. Positions count within the window.
+    no shift. A grid that windows do not divide is first filled up with zeros, below and on the
+    right, which are seen as tokens, as in the authors' code. Positions count within the window.
 
     Args:
         window: side of a window in tokens.
@@ -102,10 +102,10 @@ class WindowAttention(Mixer):
         window = (min(self.window[0], grid[0]), min(self.window[1], grid[1]))
         shift = self._shift(grid, window)
         x = x_BTD.unflatten(1, grid)
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
         x = F.pad(x, (0, 0, 0, -grid[1] % window[1], 0, -grid[0] % window[0]))
         filled = (x.shape[1], x.shape[2])
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
         x_NWD, windows = cut(x, window)  # B·N windows first
 
         q, k, v = (p(x_NWD).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
@@ -131,10 +131,10 @@ class WindowAttention(Mixer):
         y = attend(q, k, v, scores, self.backend)
         y = y.unflatten(1, (windows, -1)).transpose(2, 3).flatten(3)
 
-        y = join(y, filled, window)[:, : grid[0], : grid[1]]
+        y = join(y, filled, window)
         if any(shift):
             y = y.roll(shift, (1, 2))
-        y_BTD: Tensor = self.out(y.flatten(1, 2))
+        y_BTD: Tensor = self.out(y[:, : grid[0], : grid[1]].flatten(1, 2))
         return y_BTD
 
     def _shift(self, grid: Grid, window: Grid) -> Grid:

@@ -65,16 +65,27 @@ VARIANTS = {
         _windows("swin_tiny_patch4_window7_224", 4, image_size=64),
         {**_SWIN, "img_size": 64, "window_size": 4},
     ),
-    # Grids 14, 7, 4, 2 with windows of 5: both the windows and the merging fill up with zeros.
-    "swin, uneven": (
+    # Grids 14, 7, 4, 2: the merging fills up an odd grid.
+    "swin, odd grid": (
         "swin_tiny_patch4_window7_224",
-        _windows("swin_tiny_patch4_window7_224", 5, image_size=56),
-        {**_SWIN, "img_size": 56, "window_size": 5},
+        _windows("swin_tiny_patch4_window7_224", 7, image_size=56),
+        {**_SWIN, "img_size": 56, "window_size": 7},
     ),
+    # The same grids with windows of 5, which fill them up; without shifts, because timm shifts
+    # before it fills and so lets tokens from opposite ends of the image see each other.
+    "swin, filled": (
+        "swin_tiny_patch4_window7_224",
+        {
+            **_windows("swin_tiny_patch4_window7_224", 5, image_size=56),
+            "stages": [{"dim": 32 * 2**i, "depth": 1} for i in range(4)],
+        },
+        {**_SWIN, "img_size": 56, "window_size": 5, "depths": (1, 1, 1, 1)},
+    ),
+    # Grids 6×12, 3×6, 2×3, 1×2: a shift along one axis alone, windows that are not square.
     "swin, wide image": (
         "swin_tiny_patch4_window7_224",
-        _windows("swin_tiny_patch4_window7_224", 3, image_size=(16, 48)),
-        {**_SWIN, "img_size": (16, 48), "window_size": 3},
+        _windows("swin_tiny_patch4_window7_224", 3, image_size=(24, 48)),
+        {**_SWIN, "img_size": (24, 48), "window_size": 3},
     ),
     "poolformer": (
         "poolformer_s12",
