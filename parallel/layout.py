@@ -81,35 +81,34 @@ class Layout:
         elif free and world < fixed:
             raise UserError(
                 f"parallel: {named} needs at least {fixed} processes, but there are {world}; "
-                f"start {fixed}, or set {_nearest(sizes, world)}"
+                f"start {fixed}, or set {_nearest(config, sizes, world)}"
             )
         elif free:
             raise UserError(
                 f"parallel: {count} cannot be divided into {named}: {world} is not a multiple "
-                f"of {fixed}; start {world - world % fixed}, or set {_nearest(sizes, world)}"
+                f"of {fixed}; start {world - world % fixed}, or set {_nearest(config, sizes, world)}"
             )
         elif fixed < world:
+            grows = world % (fixed // sizes["fsdp"]) == 0
+            instead = "parallel.fsdp=-1" if grows else _nearest(config, sizes, world)
             raise UserError(
                 f"parallel: {named} needs {fixed}, but there are {count}: more processes than the "
-                f"layout needs; start {fixed}, or set fsdp=-1 to use what is left"
-                if world % (fixed // sizes["fsdp"]) == 0
-                else f"parallel: {named} needs {fixed}, but there are {count}: more processes than "
-                f"the layout needs; start {fixed}, or set {_nearest(sizes, world)}"
+                f"layout needs; start {fixed}, or set {instead}"
             )
         elif fixed > world:
             raise UserError(
                 f"parallel: {named} needs {fixed} processes, but there are {world}; "
-                f"start {fixed}, or set {_nearest(sizes, world)}"
+                f"start {fixed}, or set {_nearest(config, sizes, world)}"
             )
         return cls(**sizes, sequence_parallel=config.sequence_parallel, rank=rank)
 
 
-def _nearest(sizes: dict[str, int], world: int) -> str:
+def _nearest(config: ParallelConfig, sizes: dict[str, int], world: int) -> str:
     """The layout of `world` processes closest to what was asked for, as overrides."""
     tp = max(size for size in range(1, sizes["tp"] + 1) if world % size == 0)
     left = world // tp
     wanted = max(sizes["replicate"], 1)
     replicate = max(size for size in range(1, wanted + 1) if left % size == 0)
     return f"parallel.replicate={replicate} parallel.fsdp={left // replicate} parallel.tp={tp}" + (
-        " parallel.sequence_parallel=false" if tp == 1 else ""
+        " parallel.sequence_parallel=false" if config.sequence_parallel and tp == 1 else ""
     )

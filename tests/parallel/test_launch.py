@@ -1,0 +1,49 @@
+"""Workers are started, told of signals, and how they end comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from parallel.launch import WorkerError, launch_local
+from tests.parallel import workers
+
+
+def test_workers_join_one_job(tmp_path: Path) -> None:
+    assert launch_local(2, workers.add_up, str(tmp_path), {"fsdp": 2}) == 75
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3.0 True 1"] * 2
+
+
+def test_a_mistake_comes_back_as_it_was() -> None:
+    with pytest.raises(UserError) as caught:
+        launch_local(2, workers.mistake)
+    assert str(caught.value) == "model.dim: must be a number"
+    assert "on rank 1" in caught.value.__notes__[0]
+
+
+def test_a_layout_that_does_not_fit_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs 4 processes, but there are 2"):
+        launch_local(2, workers.add_up, str(tmp_path), {"tp": 4, "fsdp": 1})
+
+
+def test_a_death_is_reported() -> None:
+    with pytest.raises(WorkerError, match=r"rank 1 ended without a word \(signal SIGKILL"):
+        launch_local(2, workers.killed)
+
+
+def test_signals_are_passed_on(tmp_path: Path) -> None:
+    def tell() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert launch_local(2, workers.stops_when_told, str(tmp_path)) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
