@@ -1,0 +1,28 @@
+"""`manyforms train`: a new run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import UserError
+from launcher.config import read_run
+from launcher.job import discard_folder, open_folder, plan, run
+
+
+def train(path: Path, overrides: Sequence[str], nproc: int | None) -> int:
+    """Start a run; its exit code.
+
+    Raises:
+        UserError: for every mistake in the config, the data, the layout or the run's folder.
+    """
+    config, source = read_run(path, overrides)
+    job = plan(config, source, nproc)
+    if job.first:
+        open_folder(job)
+    try:
+        return run(job, resume=False)
+    except UserError:
+        if job.first:  # the corrected command is not to be met by this folder
+            discard_folder(job.config.folder)
+        raise
