@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.contracts.probe import Probe, total_loss
 from model.leaves import roles
-from model.output import Batch
+from model.output import Batch, ModelOutput
 
 
 def _gradients(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = total_loss(model(batch), batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), found
 
@@ -118,10 +118,10 @@ def finite_difference(probe: Probe) -> None:
     with torch.no_grad():
         for sign in (1, -1):
             for name, way in direction.items():
-                parameters[name] += sign * step * way
+                parameters[name].add_(way, alpha=sign * step)
             values.append(total_loss(model(batch), batch))
             for name, way in direction.items():
-                parameters[name] -= sign * step * way
+                parameters[name].sub_(way, alpha=sign * step)
     measured = (values[0] - values[1]) / (2 * step)
     error = abs(measured - slope) / max(abs(float(slope)), 1e-3)
     assert error < 1e-3, f"gradient {float(slope):.6f}, central difference {float(measured):.6f}"
@@ -132,11 +132,12 @@ def compiled(probe: Probe, backend: str = "aot_eager") -> None:
     model, batch = probe.model(), probe.batch()
     loss, found = _gradients(model, batch)
     torch._dynamo.reset()
-    again: Callable[..., nn.Module] = torch.compile(model, backend=backend)  # type: ignore[assignment]
+    again: Callable[[Batch], ModelOutput] = torch.compile(model, backend=backend)
     model.zero_grad()
-    fast = total_loss(again(batch), batch)  # type: ignore[arg-type]
-    fast.backward()  # type: ignore[no-untyped-call]
-    assert abs(fast - loss) < 1e-5 * max(1.0, abs(loss)), f"eager {loss:.7f}, compiled {fast:.7f}"
+    fast = total_loss(again(batch), batch)
+    fast.backward()
+    error = float(abs(fast - loss))
+    assert error < 1e-5 * max(1.0, float(loss)), f"eager {loss:.7f}, compiled {fast:.7f}"
     for name, parameter in model.named_parameters():
         if name in found:
             assert parameter.grad is not None, f"{name}: no gradient when compiled"
@@ -203,5 +204,5 @@ def applies(contract: str, probe: Probe) -> bool:
     if contract in ("causal", "documents"):
         return probe.causal
     if contract == "odd_length":
-        return probe.config["kind"] == "language"
+        return bool(probe.config["kind"] == "language")
     return True

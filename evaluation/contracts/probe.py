@@ -46,7 +46,7 @@ class Probe:
 
     @property
     def causal(self) -> bool:
-        return self.config["kind"] == "language" and self.config["architecture"] == "decoder"
+        return bool(self.config.get("architecture") == "decoder")
 
     def model(self, seed: int = 0, scale: float = 1.0) -> nn.Module:
         """The model, its parameters moved off their first values so that every path counts."""
@@ -91,7 +91,7 @@ def stir(model: nn.Module, seed: int, scale: float = 1.0) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             generator = torch.Generator().manual_seed(stable_hash("stir", seed, name) % 2**63)
-            parameter += 0.05 * scale * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05 * scale)
 
 
 def total_loss(output: ModelOutput, batch: Batch) -> torch.Tensor:
