@@ -76,21 +76,22 @@ class Layout:
             fixed *= max(size, 1)
         named = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
         count = "1 process" if world == 1 else f"{world} processes"
+        nearest = _nearest(config, sizes, world)
         if free and world % fixed == 0:
             sizes[free[0]] = world // fixed
         elif free and world < fixed:
             raise UserError(
                 f"parallel: {named} needs at least {fixed} processes, but there are {world}; "
-                f"start {fixed}, or set {_nearest(config, sizes, world)}"
+                f"start {fixed}, or set {nearest}"
             )
         elif free:
             raise UserError(
                 f"parallel: {count} cannot be divided into {named}: {world} is not a multiple "
-                f"of {fixed}; start {world - world % fixed}, or set {_nearest(config, sizes, world)}"
+                f"of {fixed}; start {world - world % fixed}, or set {nearest}"
             )
         elif fixed < world:
             grows = world % (fixed // sizes["fsdp"]) == 0
-            instead = "parallel.fsdp=-1" if grows else _nearest(config, sizes, world)
+            instead = "parallel.fsdp=-1" if grows else nearest
             raise UserError(
                 f"parallel: {named} needs {fixed}, but there are {count}: more processes than the "
                 f"layout needs; start {fixed}, or set {instead}"
@@ -98,7 +99,7 @@ class Layout:
         elif fixed > world:
             raise UserError(
                 f"parallel: {named} needs {fixed} processes, but there are {world}; "
-                f"start {fixed}, or set {_nearest(config, sizes, world)}"
+                f"start {fixed}, or set {nearest}"
             )
         return cls(**sizes, sequence_parallel=config.sequence_parallel, rank=rank)
 

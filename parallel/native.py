@@ -26,7 +26,7 @@ from model.output import Batch
 from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.engine import LossFunction, Precision, Recompute, Sums
-from parallel.gradients import local, local_gradients, scale, squares, sum_over
+from parallel.gradients import local, local_gradients, scale, settle, squares, sum_over
 from parallel.layout import AXES, Layout
 from parallel.recompute import wrap_blocks
 from parallel.shard import fill, local_part, split_data, split_tensor
@@ -183,6 +183,8 @@ class NativeEngine:
         """What is left when all micro-batches are done."""
         if self._replicated and self._runs is self.model:
             self._first_reduction()
+        if self.layout.tp > 1:
+            settle(self.model.parameters())
         gradients = dict(local_gradients(self.model.named_parameters()))
         if self._partial:
             named = [value for name, value in gradients.items() if name in self._partial]
