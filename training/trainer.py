@@ -90,7 +90,7 @@ class Trainer:
         if deterministic is None:
             deterministic = engine.device.type == "cpu"
         use_deterministic(deterministic)
-        self.counts, flops_per_sample = count_run(model, data)
+        self.counts, flops_per_sample = count_run(model, data, self.objective)
         engine.prepare(
             model,
             seed=seed,

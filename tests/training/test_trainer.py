@@ -236,6 +236,10 @@ def test_files_of_a_run(tmp_path):
     assert summary["counts"]["parameters"] == sum(
         p.numel() for p in trainer.engine.model.parameters()
     )
+    flops = summary["counts"]["training_flops_per_sample"]
+    assert records[0]["tflops_per_device"] == pytest.approx(
+        flops * records[0]["images_per_second"] / 1e12
+    )
     assert summary["seed"] == 0 and summary["seconds"] > 0 and summary["versions"]["torch"]
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == [
@@ -279,3 +283,19 @@ def test_the_last_micro_batch_and_the_first_read_different_samples():
     trainer.data.validation.items.clear()
     trainer.run()
     assert [i for batch in seen for i in batch] == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"recompute": "block"}, 1e-6),
+        ({"recompute": "selective"}, 1e-6),
+        ({"precision": "bf16"}, 0.02),
+    ],
+)
+def test_recomputation_and_half_precision_train_alike(options, tolerance):
+    plain, other = Losses(), Losses()
+    make_trainer(callbacks=[plain]).run()
+    make_trainer(callbacks=[other], **options).run()
+    assert other.losses == pytest.approx(plain.losses, rel=tolerance)
+    assert (other.losses != plain.losses) == ("precision" in options)
