@@ -229,12 +229,17 @@ def schema() -> None:
 
 def main() -> None:
     """The console script."""
-    sys.exit(guard(_run))
+    sys.exit(call())
 
 
-def _run() -> int:
+def call(words: list[str] | None = None) -> int:
+    """Run the command with these words, or with those of the command line; its exit code."""
+    return guard(lambda: _run(words))
+
+
+def _run(words: list[str] | None) -> int:
     try:
-        code = app(prog_name="manyforms", standalone_mode=False)
+        code = app(args=words, prog_name="manyforms", standalone_mode=False)
     except Exception as error:
         # What is wrong with the command line itself, on one line like every other mistake.
         if not hasattr(error, "format_message"):
@@ -242,7 +247,7 @@ def _run() -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return 0
-        say(f"{error.format_message().rstrip('.')}; see manyforms --help")
+        say(error.format_message().rstrip(".") + "; see manyforms --help")
         return 2
     return code if isinstance(code, int) else 0
 

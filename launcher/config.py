@@ -16,6 +16,7 @@ from core.config import Config, Source, apply_overrides, nested, parse, read_yam
 from core.errors import UserError
 from core.registry import get
 from data_pipeline.config import DataConfig
+from launcher.defaults import fill_names
 from launcher.plugins import load_plugins
 from model.language import LanguageConfig
 from model.vision import VisionConfig
@@ -94,6 +95,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
 def parse_run(data: dict[str, Any], source: Source, path: Path) -> RunConfig:
     """Validate plain data that came from `path`; fills in the run's name and folder."""
     load_plugins(data, source, path.parent)
+    fill_names(RunConfig, data)
     run = data.get("run")
     if run is None or isinstance(run, dict):
         run = dict(run or {})

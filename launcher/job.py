@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -11,7 +12,9 @@ from shlex import quote
 import torch
 
 from checkpoints.errors import CheckpointError
-from core.config import Source
+from checkpoints.files import step_folders
+from checkpoints.group import Group
+from core.config import Source, read_yaml
 from core.errors import UserError
 from core.log import configure, get_logger
 from data_pipeline.data import Data
@@ -24,6 +27,7 @@ from launcher.trained import TOKENIZER
 from model.zoo import build_model
 from parallel.check import check_model
 from parallel.config import ParallelConfig
+from parallel.engine import Engine
 from parallel.launch import launch_local
 from parallel.layout import Layout
 from parallel.start import join, place
@@ -79,17 +83,29 @@ def processes(config: ParallelConfig) -> int:
     return needed
 
 
-def run(job: Job, resume: bool) -> int:
+def run(job: Job, prepare: Callable[[Job], None], resume: bool) -> int:
     """Train in this process, or in workers; the exit code.
 
-    The run's folder exists and holds its config.
+    Args:
+        prepare: readies the run's folder; called on the one process that writes.
     """
     folder = job.config.folder
-    if job.joined or job.layout.world == 1:
-        code = _train(job, resume)
+    if job.joined:
+        # Ranks that share a folder wait until the first has judged it.
+        engine = join(job.config.parallel)
+        Group().from_first(lambda: prepare(job), "preparing the run", folder)
+        code = _train(job, engine, resume)
     else:
-        configure(file=folder / "log.txt")  # for the traceback of a worker that fails
-        code = launch_local(job.layout.world, _work, str(folder), resume)
+        prepare(job)
+        try:
+            if job.layout.world == 1:
+                code = _train(job, join(job.config.parallel), resume)
+            else:
+                configure(file=folder / "log.txt")  # for the traceback of a worker that fails
+                code = launch_local(job.layout.world, _work, str(folder), resume)
+        except UserError:
+            _discard(folder)  # the corrected command is not to be met by this folder
+            raise
     if code == OK and job.first:
         finish(folder, job.config, job.data)
     return code
@@ -97,19 +113,17 @@ def run(job: Job, resume: bool) -> int:
 
 def _work(folder: str, resume: bool) -> int:
     """What a worker does: read the run's config, as it was written, and train."""
-    from core.config import read_yaml
-
     path = Path(folder) / "config.yaml"
     data, source = read_yaml(path)
     data["run"]["dir"] = folder  # the folder may have been moved since
-    return _train(plan(parse_run(data, source, path), source, None), resume)
+    job = plan(parse_run(data, source, path), source, None)
+    return _train(job, join(job.config.parallel), resume)
 
 
-def _train(job: Job, resume: bool) -> int:
+def _train(job: Job, engine: Engine, resume: bool) -> int:
     """Train on this rank."""
     config, folder = job.config, job.config.folder
     configure(file=folder / "log.txt")
-    engine = join(config.parallel)
     trainer: Trainer | None = None
     try:
         with torch.device("meta"):
@@ -172,8 +186,7 @@ def open_folder(job: Job) -> None:
     """
     folder = job.config.folder
     if (folder / "config.yaml").exists() or (folder.is_dir() and any(folder.iterdir())):
-        checkpoints = folder / "checkpoints"
-        if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        if step_folders(folder / "checkpoints"):
             raise UserError(
                 f"{folder}: holds a run already; continue it with 'manyforms resume "
                 f"{quote(str(folder))}', or name another folder: run.dir=…"
@@ -203,9 +216,8 @@ def write_folder(job: Job) -> None:
         ) from None
 
 
-def discard_folder(folder: Path) -> None:
+def _discard(folder: Path) -> None:
     """Remove the folder of a run that was refused before its first checkpoint."""
-    checkpoints = folder / "checkpoints"
-    if not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+    if not step_folders(folder / "checkpoints"):
         configure()  # closes log.txt
         shutil.rmtree(folder, ignore_errors=True)

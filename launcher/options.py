@@ -37,10 +37,10 @@ def options(model: type[Config], prefix: str = "") -> Iterator[Option]:
     """Every key of a config model, those of the sections below it included, in order."""
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
-        sections = list(_sections(field.annotation))
-        for section in sections:
+        inner = sections(field.annotation)
+        for section in inner:
             yield from options(section, key + ".")
-        if not sections:
+        if not inner:
             yield _option(key, field)
 
 
@@ -55,13 +55,11 @@ def _option(key: str, field: FieldInfo) -> Option:
     return Option(key, kind, _default(field), " ".join((field.description or "").split()))
 
 
-def _sections(annotation: Any) -> Iterator[type[Config]]:
+def sections(annotation: Any) -> list[type[Config]]:
     """The config models inside an annotation; a list of blocks counts as its block."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
-        yield annotation
-        return
-    for part in get_args(annotation):
-        yield from _sections(part)
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections(part)]
 
 
 def _default(field: FieldInfo) -> str:
@@ -88,7 +86,8 @@ def _type(annotation: Any, metadata: Any = ()) -> str:
     """An annotation in words: `int > 0 or null`, `one of a, b`, `a norm`."""
     slots = [item for item in metadata if isinstance(item, Slot)]
     if slots:
-        text = f"a {slots[0].slot}: {', '.join(names(slots[0].slot))}"
+        article = "an" if slots[0].slot[0] in "aeiou" else "a"
+        text = f"{article} {slots[0].slot}: {', '.join(names(slots[0].slot))}"
         return text + (" or null" if slots[0].optional else "")
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

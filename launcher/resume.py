@@ -31,17 +31,16 @@ def resume(place: Path, overrides: Sequence[str], nproc: int | None) -> int:
     data, source = read_yaml(path)
     apply_overrides(data, overrides, source)
     data["run"]["dir"] = str(folder)  # it may have been moved
-    job = plan(parse_run(data, source, path), source, nproc)
-    check_same_model(before, job.config, source)
+    config = parse_run(data, source, path)
+    check_same_model(before, config, source)
+    job = plan(config, source, nproc)
     step = parse_step(find_checkpoint(folder).name)
     if step is not None and step >= job.config.train.steps:
         raise UserError(
             f"{folder}: all {job.config.train.steps} steps are done; to train on, give more: "
             f"train.steps={2 * step}"
         )
-    if job.first:
-        write_folder(job)
-    return run(job, resume=True)
+    return run(job, write_folder, resume=True)
 
 
 def check_same_model(before: RunConfig, after: RunConfig, source: Source) -> None:

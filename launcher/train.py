@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import UserError
 from launcher.config import read_run
-from launcher.job import discard_folder, open_folder, plan, run
+from launcher.job import open_folder, plan, run
 
 
 def train(path: Path, overrides: Sequence[str], nproc: int | None) -> int:
@@ -18,11 +17,4 @@ def train(path: Path, overrides: Sequence[str], nproc: int | None) -> int:
     """
     config, source = read_run(path, overrides)
     job = plan(config, source, nproc)
-    if job.first:
-        open_folder(job)
-    try:
-        return run(job, resume=False)
-    except UserError:
-        if job.first:  # the corrected command is not to be met by this folder
-            discard_folder(job.config.folder)
-        raise
+    return run(job, open_folder, resume=False)
