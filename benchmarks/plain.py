@@ -57,7 +57,8 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+        y_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).flatten(2))
+        return y_BTD
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
@@ -73,7 +74,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(shape.hidden, shape.dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        y_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return y_BTD
 
 
 class Block(nn.Module):
@@ -84,7 +86,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TK, sin_TK)
-        return x_BTD + self.feedforward(self.forward_norm(x_BTD))
+        y_BTD: Tensor = x_BTD + self.feedforward(self.forward_norm(x_BTD))
+        return y_BTD
 
 
 class Llama(nn.Module):

@@ -28,7 +28,7 @@ class TensorBoard(Callback):
             # What a former part of the run wrote past this step is hidden.
             self._writer = SummaryWriter(str(self.folder), purge_step=trainer.step)
         # One event for all values: a call of add_scalar for each costs several times as much.
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         values = [
             Summary.Value(tag=name, simple_value=value)

@@ -41,7 +41,7 @@ class WarmupStableDecay(Schedule):
     ):
         super().__init__(steps, warmup, floor)
         # As a part of what follows the warmup, and never more than that.
-        self.decay = min(1.0, decay * steps / (steps - warmup))
+        self.decay = min(1.0, decay * steps / self.rest)
         self.form = form
 
     def after(self, progress: float) -> float:

@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from core.errors import UserError
 from core.registry import build, names
 
 
@@ -56,6 +55,9 @@ def test_wsd_decay_longer_than_what_is_left_starts_after_the_warmup():
     assert factor(75) == pytest.approx(0.5)
 
 
-def test_warmup_longer_than_the_run_is_the_users_mistake():
-    with pytest.raises(UserError, match=r"train\.schedule\.warmup: 100 steps"):
-        schedule("constant", warmup=100)
+@pytest.mark.parametrize("name", names("schedule"))
+@pytest.mark.parametrize("warmup", [4, 5, 9])
+def test_a_run_shorter_than_its_warmup_stays_in_it(name, warmup):
+    factor = schedule(name, steps=5, warmup=warmup)
+    assert [factor(s) for s in range(4)] == [(s + 1) / (warmup + 1) for s in range(4)]
+    assert 0 <= factor(5) <= 1
