@@ -3,9 +3,10 @@
 What the right backward is depends on whether gradients are alike or partial sums where a value is
 used; `parallel/tensor.py` chooses by the rules of `model/operations.py`.
 
-Tensors go through PyTorch's functional collectives, which return at once and wait when the result
-is first used: a sum that leaves a sublayer and is not read at once (the ladder residual's) runs
-beside the next computation.
+Tensors go through PyTorch's functional collectives, which return at once. What leaves a sublayer
+may stay in flight until it is first read, so that a sum that is not read at once (the ladder
+residual's) runs beside the next computation; everything else is waited for here. A tensor in flight
+must not enter a compiled function: its gradient would be lost.
 """
 
 from __future__ import annotations
@@ -27,27 +28,33 @@ _scatter: Any = (
 )
 
 
-def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+def settled(x: Tensor) -> Tensor:
+    """The tensor once its collective is done."""
+    if isinstance(x, functional.AsyncCollectiveTensor):
+        value: Tensor = x.wait()
+        return value
+    return x
+
+
+def all_reduce(x: Tensor, group: Group, op: str = "sum", lazy: bool = False) -> Tensor:
     summed: Tensor = functional.all_reduce(x.contiguous(), op, group)
-    return summed
+    return summed if lazy else settled(summed)
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """The ranks' parts, concatenated along `dim` in rank order."""
-    whole: Tensor = _gather(x.contiguous(), dim % x.dim(), group)
-    return whole
+    return settled(_gather(x.contiguous(), dim % x.dim(), group))
 
 
-def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, group: Group, lazy: bool = False) -> Tensor:
     """This rank's part along `dim` of the sum over ranks."""
     own: Tensor = _scatter(x.contiguous(), "sum", dim % x.dim(), group)
-    return own
+    return own if lazy else settled(own)
 
 
 def broadcast(x: Tensor, group: Group) -> Tensor:
     """The first rank's tensor, on every rank."""
-    value: Tensor = functional.broadcast(x, 0, group)  # the rank in the group
-    return value
+    return settled(functional.broadcast(x, 0, group))  # 0 counts within the group
 
 
 def part(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -79,12 +86,12 @@ class Reduce(Function):
     """Sums over the ranks; backward is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x, group)
+    def forward(ctx: Any, x: Tensor, group: Group, lazy: bool) -> Tensor:
+        return all_reduce(x, group, lazy=lazy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
+        return grad, None, None
 
 
 class ReduceBoth(Function):
@@ -130,13 +137,13 @@ class ScatterGather(Function):
     """Sums over the ranks and keeps this rank's part; backward concatenates the parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, lazy: bool) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return reduce_scatter(x, dim, group)
+        return reduce_scatter(x, dim, group, lazy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return all_gather(grad, ctx.dim, ctx.group), None, None
+        return all_gather(grad, ctx.dim, ctx.group), None, None, None
 
 
 class Share(Function):

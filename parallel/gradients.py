@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 
@@ -22,21 +21,6 @@ def local_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple
     for name, parameter in named:
         if parameter.grad is not None:
             yield name, local(parameter.grad)
-
-
-def settle(parameters: Iterable[nn.Parameter]) -> None:
-    """Wait for gradients that are still in flight.
-
-    autograd keeps the first gradient it is given as it is, which may be the unread result of a
-    functional collective.
-    """
-    for parameter in parameters:
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            if isinstance(gradient._local_tensor, AsyncCollectiveTensor):
-                gradient._local_tensor = gradient._local_tensor.wait()
-        elif isinstance(gradient, AsyncCollectiveTensor):
-            parameter.grad = gradient.wait()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,8 +26,9 @@ from model.output import Batch
 from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.engine import LossFunction, Precision, Recompute, Sums
-from parallel.gradients import local, local_gradients, scale, settle, squares, sum_over
-from parallel.layout import AXES, Layout
+from parallel.gradients import local, local_gradients, scale, squares, sum_over
+from parallel.layout import Layout
+from parallel.mesh import mesh_for
 from parallel.recompute import wrap_blocks
 from parallel.shard import fill, local_part, split_data, split_tensor
 from parallel.tensor import DataOperations, TensorOperations, bind, partial_names
@@ -46,9 +47,8 @@ class NativeEngine:
         self.mesh: DeviceMesh | None = None
         self._data: dist.ProcessGroup | None = None
         if layout.world > 1:
-            self.mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
-            if self.data_size > 1:
-                self._data = self.mesh["replicate", "fsdp"]._flatten("data").get_group()
+            mesh = mesh_for(layout, device.type)
+            self.mesh, self._data = mesh.axes, mesh.data
         self._precision: Precision = "fp32"
         self._partial: set[str] = set()
         self._split: set[str] = set()
@@ -85,7 +85,7 @@ class NativeEngine:
             assert self.mesh is not None
             split_tensor(model, self.mesh["tp"])
             self._partial = partial_names(model, self.layout.sequence_parallel)
-        bind(model, self._operations())
+        bind(model, self._operations(lazy=not compile))
         wrap_blocks(model, recompute, compile)
         if self._sharded:
             assert self.mesh is not None
@@ -97,10 +97,11 @@ class NativeEngine:
         self.seed(seed)
         self._runs = model
 
-    def _operations(self) -> Operations:
+    def _operations(self, lazy: bool) -> Operations:
         if self.layout.tp == 1:
             return DataOperations(self._data)
-        return TensorOperations(self._group("tp"), self._data, self.layout.sequence_parallel)
+        sequence_parallel = self.layout.sequence_parallel
+        return TensorOperations(self._group("tp"), self._data, sequence_parallel, lazy)
 
     def seed(self, seed: int) -> None:
         """Seed torch's generators: apart over the data axes, alike over the tensor axis.
@@ -183,8 +184,6 @@ class NativeEngine:
         """What is left when all micro-batches are done."""
         if self._replicated and self._runs is self.model:
             self._first_reduction()
-        if self.layout.tp > 1:
-            settle(self.model.parameters())
         gradients = dict(local_gradients(self.model.named_parameters()))
         if self._partial:
             named = [value for name, value in gradients.items() if name in self._partial]

@@ -49,13 +49,18 @@ class DataOperations(Operations):
 
 
 class TensorOperations(DataOperations):
-    """Several ranks along the tensor axis."""
+    """Several ranks along the tensor axis.
 
-    def __init__(self, group: Group, data: Group | None, sequence_parallel: bool):
+    `lazy`: what leaves a sublayer may stay in flight until it is read; not with compiled blocks.
+    """
+
+    def __init__(
+        self, group: Group, data: Group | None, sequence_parallel: bool, lazy: bool = True
+    ):
         super().__init__(data)
         self.group = group
         self.size, self.rank = group.size(), group.rank()
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.lazy = sequence_parallel, lazy
 
     def weight(self, parameter: Tensor, role: Role, inside: bool) -> Tensor:
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -68,8 +73,8 @@ class TensorOperations(DataOperations):
     def leave(self, y_BTD: Tensor) -> Tensor:
         if self.sequence_parallel:
             self._divides(y_BTD)
-            return apply(ScatterGather, y_BTD, TOKENS, self.group)
-        return apply(Reduce, y_BTD, self.group)
+            return apply(ScatterGather, y_BTD, TOKENS, self.group, self.lazy)
+        return apply(Reduce, y_BTD, self.group, self.lazy)
 
     def leave_alike(self, y_BTD: Tensor) -> Tensor:
         if self.sequence_parallel:
