@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from core.errors import UserError
+from launcher.ahead import start_ahead
 from launcher.exits import guard, say
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ class _WithConfigKeys(TyperCommand):
 @app.command(cls=_WithConfigKeys)
 def train(config: Path, overrides: Overrides = None, nproc: Processes = None) -> None:
     """Train what a YAML config describes."""
+    start_ahead(nproc)
     from launcher.train import train as run
 
     raise typer.Exit(run(config, overrides or [], nproc))
@@ -76,6 +78,7 @@ def resume(
     nproc: Processes = None,
 ) -> None:
     """Continue a run exactly where it stopped."""
+    start_ahead(nproc)
     from launcher.resume import resume as run
 
     raise typer.Exit(run(run_dir, overrides or [], nproc))

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """The signals that workers are sent when the starting process gets them."""
 
@@ -70,10 +72,12 @@ def launch_local(nproc: int, function: Callable[..., int | None], *args: Any) ->
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            # Workers are forked from a process that may have imported what they need already.
+            start_method="forkserver",
             signals_to_handle="SIGQUIT",  # the others are passed on
         )
         try:
-            codes = elastic_launch(config, _work)(folder, function, args)
+            codes = elastic_launch(config, _work)(folder, dict(os.environ), function, args)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise _cause(Path(folder), rank, failure.exitcode, received) from None
@@ -99,11 +103,12 @@ def _threads(nproc: int) -> Iterator[None]:
 def _passing_signals_on() -> Iterator[list[int]]:
     """Send signals to the workers instead of ending here; yields those that came."""
     received: list[int] = []
+    others = {child.pid for child in multiprocessing.active_children()}
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for worker in multiprocessing.active_children():
-            if worker.pid is not None:
+            if worker.pid is not None and worker.pid not in others:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, number)
 
@@ -118,8 +123,14 @@ def _passing_signals_on() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _work(folder: str, function: Callable[..., int | None], args: tuple[Any, ...]) -> int:
+def _work(
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., int | None],
+    args: tuple[Any, ...],
+) -> int:
     """In a worker: the function's exit code; an exception is left in the folder."""
+    _take(environment)
     rank = os.environ["RANK"]
     try:
         return function(*args) or 0
@@ -132,6 +143,16 @@ def _work(folder: str, function: Callable[..., int | None], args: tuple[Any, ...
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # at once: threads may wait for ranks that wait for this one
+
+
+def _take(environment: dict[str, str]) -> None:
+    """The starting process's environment as it is now; the fork server's may be older."""
+    own = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+    for name in set(os.environ) - set(environment):
+        if not name.startswith(own):
+            del os.environ[name]
+    os.environ.update({k: v for k, v in environment.items() if not k.startswith(own)})
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # read at import, which is over
 
 
 def _leave(folder: str, rank: str, error: BaseException) -> None:

@@ -1,0 +1,18 @@
+"""A head start for workers: while the command checks the config, they import what they need."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing import forkserver
+
+
+def start_ahead(nproc: int | None) -> None:
+    """Start the process from which workers are forked, if there will be several.
+
+    It imports the launcher's heavy modules on another core in the meantime, so that workers start
+    with them loaded. Workers are started from it by `parallel.launch`, with or without this.
+    """
+    if nproc is not None and nproc > 1 and "RANK" not in os.environ:
+        multiprocessing.set_forkserver_preload(["launcher.job"])
+        forkserver.ensure_running()
