@@ -10,7 +10,7 @@ CAN := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$python -c '$(CAN)' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: help train test test-all lint bench venv clean
+.PHONY: help train test test-all lint zoo bench venv clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -31,6 +31,9 @@ lint: $(VENV)/dev.stamp  ## style, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+zoo: $(VENV)/dev.stamp  ## prove every mechanism and write docs/contracts.json and docs/zoo.md
+	$(BIN)/python -m evaluation.contracts docs
 
 bench: $(VENV)/base.stamp  ## speed beside a hand-written loop of the same model
 	$(BIN)/python -m benchmarks.overhead

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import Ranks
+from evaluation.contracts.ranks import Ranks
 
 torch.set_num_threads(1)
 

@@ -141,7 +141,7 @@ def compiled(probe: Probe, backend: str = "aot_eager") -> None:
     for name, parameter in model.named_parameters():
         if name in found:
             assert parameter.grad is not None, f"{name}: no gradient when compiled"
-            error = (parameter.grad - found[name]).abs().max() / found[name].abs().max()
+            error = float((parameter.grad - found[name]).abs().max() / found[name].abs().max())
             assert error < 1e-4, f"{name}: gradient differs by {error:.1e} when compiled"
 
 

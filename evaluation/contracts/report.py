@@ -28,7 +28,7 @@ def declared(entry: Entry, contract: str) -> str | None:
     return entry.cannot.get(contract)
 
 
-def save(results: Iterable[Result], path: Path) -> None:
+def save(results: Iterable[Result], path: Path) -> dict[str, dict[str, str]]:
     """Write results as {"slot:name": {contract: "proven" | "declared: …" | "failed: …"}}."""
     table: dict[str, dict[str, str]] = {}
     for result in results:
@@ -36,6 +36,7 @@ def save(results: Iterable[Result], path: Path) -> None:
         table.setdefault(result.mechanism, {})[result.contract] = text
     ordered = {name: dict(sorted(table[name].items())) for name in sorted(table)}
     path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+    return ordered
 
 
 def load(path: Path) -> dict[str, dict[str, str]]:

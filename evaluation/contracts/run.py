@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from core.errors import UserError
 from core.registry import Entry
-from evaluation.contracts.distributed import CONTRACTS, Ranks, prove, reshard
+from evaluation.contracts.distributed import CONTRACTS, prove, reshard
 from evaluation.contracts.local import PROOFS, applies
 from evaluation.contracts.probe import probe
+from evaluation.contracts.ranks import Ranks
 from evaluation.contracts.report import Result, declared
 
 
@@ -25,15 +26,15 @@ def run(
                 yield Result(name, contract, "declared", reason)
             elif applies(contract, subject):
                 yield _result(name, contract, lambda p=proof, s=subject: p(s))
-        for held in CONTRACTS.values():
-            if held.world > 2 or (held.world == 2 and ranks is None):
+        for contract, held in CONTRACTS.items():
+            if held.world > (1 if ranks is None else 2):
                 continue
             reason = next((r for need in held.needs if (r := declared(entry, need))), None)
             if reason is not None:
-                yield Result(name, held.name, "declared", reason)
+                yield Result(name, contract, "declared", reason)
             else:
                 yield _result(
-                    name, held.name, lambda c=held, s=subject: prove(c, s, ranks, plugins)
+                    name, contract, lambda c=contract, s=subject: prove(c, s, ranks, plugins)
                 )
         if ranks is not None:
             yield _result(name, "reshard", lambda s=subject: reshard(s, ranks, plugins))

@@ -11,27 +11,27 @@ ENTRIES = {f"{entry.slot}:{entry.name}": entry for entry in mechanisms()}
 
 def cases(world):
     return [
-        (name, contract.name)
+        (name, label)
         for name, entry in ENTRIES.items()
-        for contract in CONTRACTS.values()
+        for label, contract in CONTRACTS.items()
         if contract.world == world and not any(declared(entry, need) for need in contract.needs)
     ]
 
 
 @pytest.mark.parametrize(("name", "contract"), cases(1), ids=lambda value: value)
 def test_one_process(name, contract):
-    prove(CONTRACTS[contract], probe(ENTRIES[name]), None)
+    prove(contract, probe(ENTRIES[name]), None)
 
 
 @pytest.mark.parametrize(("name", "contract"), cases(2), ids=lambda value: value)
 def test_two_processes(name, contract, ranks):
-    prove(CONTRACTS[contract], probe(ENTRIES[name]), ranks)
+    prove(contract, probe(ENTRIES[name]), ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "contract"), cases(4), ids=lambda value: value)
 def test_four_processes(name, contract, four_ranks):
-    prove(CONTRACTS[contract], probe(ENTRIES[name]), four_ranks)
+    prove(contract, probe(ENTRIES[name]), four_ranks)
 
 
 @pytest.mark.parametrize("name", ENTRIES)

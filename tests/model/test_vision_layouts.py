@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity import LAYOUTS, compare
+from evaluation.contracts.parity import LAYOUTS, compare
 
 BLOCK = {
     "norm": "layernorm",

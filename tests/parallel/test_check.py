@@ -9,12 +9,12 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.registry import _entries, _lookup, register
+from evaluation.contracts.parity import on_meta
 from model.leaves import ColumnLinear, RowLinear
 from model.mixers.base import Mixer
 from model.stream import Stream
 from parallel.check import check_model
 from parallel.layout import Layout
-from tests.parity import on_meta
 
 
 class Whole(Mixer):

@@ -14,13 +14,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
+from evaluation.contracts.parity import (
+    LARGE_LAYOUTS,
+    LAYOUTS,
+    Loss,
+    compare,
+    on_meta,
+    share,
+    single,
+    start,
+    whole,
+)
+from evaluation.contracts.ranks import Ranks
 from model.init import initialise
 from model.zoo import build_model
 from parallel.layout import Layout
 from parallel.native import NativeEngine
 from tests.parallel.test_parity import batch, config
-from tests.parity import LARGE_LAYOUTS, LAYOUTS, Loss, compare, on_meta, share, single, start, whole
-from tests.ranks import Ranks
 
 STEPS = 5
 

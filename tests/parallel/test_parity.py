@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import LARGE_LAYOUTS, LAYOUTS, compare
-from tests.ranks import Ranks
+from evaluation.contracts.parity import LARGE_LAYOUTS, LAYOUTS, compare
+from evaluation.contracts.ranks import Ranks
 
 TOLERANCE = 1e-5
 GROUPED = {"name": "attention", "heads": 4, "kv_heads": 2}

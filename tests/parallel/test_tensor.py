@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from core.errors import UserError
-from parallel.gradients import settle
+from evaluation.contracts.ranks import Ranks
 from parallel.tensor import DataOperations, TensorOperations
-from tests.ranks import Ranks
 
 
 def operations(sequence_parallel: bool = False) -> TensorOperations:
@@ -56,8 +55,7 @@ def region_on_a_rank(sequence_parallel: bool) -> dict[str, Tensor]:
     assert x.grad is not None and gate.grad is not None
     dist.all_reduce(gate.grad)  # inside, the gradient of what is alike is a partial sum
     grads = {"up": own_up.grad, "down": own_down.grad, "gate": gate.grad, "x": x.grad}
-    # A copy is a first use: it waits for what is still in flight.
-    return {"y": y.detach(), **{k: v.clone() for k, v in grads.items() if v is not None}}
+    return {"y": y.detach() + 0, **{k: v for k, v in grads.items() if v is not None}}
 
 
 def region_on_one_process() -> dict[str, Tensor]:
@@ -122,7 +120,7 @@ def vocabulary_on_a_rank(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
     assert own.grad is not None
     table = noise(2, 10, 3).chunk(2, 0)[ops.rank]
     rows = ops.leave(ops.embed(torch.tensor([[0, 9, 4, 5]]), table))
-    return losses.detach(), own.grad, ops.gather_vocabulary(own).detach(), rows
+    return losses.detach(), own.grad, ops.gather_vocabulary(own).detach(), rows + 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,15 +154,14 @@ def test_what_leaves_is_waited_for_when_it_is_read(ranks: Ranks) -> None:
 
 
 def gathered_parameter_on_a_rank() -> tuple[bool, Tensor]:
-    """The gradient of a parameter that nothing but a gather stands before is settled."""
+    """autograd keeps a parameter's first gradient as it is given, here a gather's."""
     parameter = nn.Parameter(torch.full((3,), 1.0 + dist.get_rank()))
     operations().split_gather(parameter, 0).sum().backward()
-    settle([parameter])
     assert parameter.grad is not None
     return isinstance(parameter.grad, AsyncCollectiveTensor), parameter.grad
 
 
-def test_gradients_are_settled(ranks: Ranks) -> None:
+def test_gradients_are_not_in_flight(ranks: Ranks) -> None:
     assert ranks.run(gathered_parameter_on_a_rank)[0][0] is False
     for _, gradient in ranks.run(gathered_parameter_on_a_rank):
         assert torch.equal(gradient, torch.full((3,), 2.0))

@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from evaluation.contracts.probe import stir
+from evaluation.contracts.ranks import Ranks
 from model.init import initialise
 from model.output import Batch
 from model.zoo import build_model
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.native import NativeEngine
-from tests.ranks import Ranks
 
 FLOOR = 1e-2
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -102,10 +104,18 @@ def on_meta(config: Any) -> nn.Module:
         return build_model(config)
 
 
-def single(config: Any, batch: Batch, *, seed: int = 0) -> Measured:
-    """The plain model on one process."""
+def filled(config: Any, seed: int, stirred: bool) -> nn.Module:
+    """The plain model; `stirred`: moved off its first values, so that every path counts."""
     model = build_model(config)
     initialise(model, seed)
+    if stirred:
+        stir(model, seed)
+    return model
+
+
+def single(config: Any, batch: Batch, *, seed: int = 0, stirred: bool = False) -> Measured:
+    """The plain model on one process."""
+    model = filled(config, seed, stirred)
     model.train()
     loss = Loss()
     sums = loss(model, batch)
@@ -122,12 +132,17 @@ def single(config: Any, batch: Batch, *, seed: int = 0) -> Measured:
     return Measured(loss.outputs[0], gradients, norm.float(), [float(total.detach())])
 
 
+def world() -> tuple[int, int]:
+    """The number of processes and this one's rank."""
+    if not dist.is_initialized():
+        return 1, 0
+    return dist.get_world_size(), dist.get_rank()
+
+
 def start(layout: dict[str, Any], config: Any, *, seed: int = 0, **prepare: Any) -> NativeEngine:
     """On a rank: an engine over the pool's world, the model prepared."""
-    import torch.distributed as dist
-
     parallel = ParallelConfig(**layout)
-    placed = Layout.of(parallel, dist.get_world_size(), dist.get_rank())
+    placed = Layout.of(parallel, *world())
     engine = NativeEngine(placed, torch.device("cpu"), parallel)
     engine.prepare(on_meta(config), seed=seed, **prepare)
     engine.model.train()
@@ -152,9 +167,13 @@ def measure(
     seed: int = 0,
     micro_batches: int = 1,
     prepare: dict[str, Any] | None = None,
+    stirred: bool = False,
 ) -> tuple[int, int, Measured]:
     """On a rank: its data rank and tensor rank, and what the engine gave."""
     engine = start(layout, config, seed=seed, **(prepare or {}))
+    if stirred:
+        values = filled(config, seed, True).named_parameters()
+        engine.load_model_state({name: value.detach() for name, value in values})
     loss = Loss()
     engine.forward_backward(share(engine, batch, micro_batches), loss)
     norm = engine.clip_gradients(None)
@@ -182,7 +201,7 @@ def errors(got: Measured, wanted: Measured) -> Errors:
 
 
 def compare(
-    ranks: Ranks,
+    ranks: Ranks | None,
     config: Any,
     batch: Batch,
     layouts: dict[str, dict[str, Any]],
@@ -190,6 +209,7 @@ def compare(
     seed: int = 0,
     micro_batches: int = 1,
     prepare: dict[str, Any] | None = None,
+    stirred: bool = False,
 ) -> dict[str, Errors]:
     """The errors of each layout, by its name, the worst of all its ranks.
 
@@ -198,11 +218,14 @@ def compare(
         batch: a global batch; its first axis divides by the data ranks and micro-batches.
         layouts: `ParallelConfig` options by a name, such as `LAYOUTS`.
         prepare: further arguments of `Engine.prepare`.
+        stirred: move every parameter off its first value.
+        ranks: the pool; None runs the engine on this process alone.
     """
-    wanted = single(config, batch, seed=seed)
+    wanted = single(config, batch, seed=seed, stirred=stirred)
     found: dict[str, Errors] = {}
     for name, layout in layouts.items():
-        answers = ranks.run(measure, layout, config, batch, seed, micro_batches, prepare)
+        asked = (layout, config, batch, seed, micro_batches, prepare, stirred)
+        answers = ranks.run(measure, *asked) if ranks is not None else [measure(*asked)]
         by_tensor: dict[int, list[tuple[int, Measured]]] = {}
         for data_rank, tensor_rank, measured in answers:
             by_tensor.setdefault(tensor_rank, []).append((data_rank, measured))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from core.errors import UserError
+from evaluation.contracts.ranks import RankFailure, Ranks
 from tests.parallel import workers
-from tests.ranks import RankFailure, Ranks
 
 
 def test_every_rank_answers(ranks: Ranks) -> None:
@@ -20,7 +20,7 @@ def test_what_all_ranks_raise_is_raised(ranks: Ranks) -> None:
 
 
 def test_one_failing_rank_is_named_and_hangs_nobody(ranks: Ranks, monkeypatch) -> None:
-    monkeypatch.setattr("tests.ranks.GRACE", 1.0)
+    monkeypatch.setattr("evaluation.contracts.ranks.GRACE", 1.0)
     with pytest.raises(RankFailure, match=r"(?s)rank 1 of 2 failed.*ValueError: this one"):
         ranks.run(workers.one_after_another, 1)
     assert ranks.run(workers.rank_and_sum) == [(0, 2.0), (1, 2.0)]
