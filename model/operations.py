@@ -6,7 +6,8 @@ subclass to the leaves, so no mechanism contains parallel code. The rules the na
 *Outside* a sublayer's mixer or feed-forward, a tensor is alike on every rank of the tensor axis,
 or, under sequence parallelism, each rank holds its share of the tokens. *Inside* (after `enter`,
 before `leave`), the sequence is whole, channels and heads are split, and the gradient of anything
-alike on every rank is a partial sum.
+alike on every rank is a partial sum. Under sequence parallelism so is, outside, that of anything
+alike: each rank used it on its own tokens.
 
 Axes: B batch, T tokens, D width, V vocabulary.
 """
@@ -82,7 +83,10 @@ class Operations:
     # Sums over tokens and samples.
 
     def sequence_sum(self, x: Tensor) -> Tensor:
-        """Outside: the sum over ranks of a statistic of the tokens in this rank's stream."""
+        """Outside: the sum over ranks of a statistic of the tokens in this rank's stream.
+
+        What comes of it is used on the stream; a loss made of it is counted `once`.
+        """
         return x
 
     def data_mean(self, x: Tensor) -> Tensor:
