@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 
 
@@ -15,4 +16,7 @@ def start_ahead(nproc: int | None) -> None:
     """
     if nproc is not None and nproc > 1 and "RANK" not in os.environ:
         multiprocessing.set_forkserver_preload(["launcher.job"])
+        # A Ctrl-C is this process's to answer; the other would print a traceback amid its imports.
+        former = signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.ensure_running()
+        signal.signal(signal.SIGINT, former)

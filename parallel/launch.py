@@ -146,12 +146,13 @@ def _work(
 
 
 def _take(environment: dict[str, str]) -> None:
-    """The starting process's environment as it is now; the fork server's may be older."""
+    """Be as a child of the starting process is: its environment as it is now, its signals."""
     own = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
     for name in set(os.environ) - set(environment):
         if not name.startswith(own):
             del os.environ[name]
     os.environ.update({k: v for k, v in environment.items() if not k.startswith(own)})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server ignores
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # read at import, which is over
 
 
