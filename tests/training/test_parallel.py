@@ -49,6 +49,21 @@ def alone(optimizer):
     return train(optimizer)
 
 
+@lru_cache
+def fifty():
+    return train("adamw", steps=50)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fifty_steps_are_those_of_one_process(ranks, layout):
+    """Losses and global gradient norms: 1e-5 at step 1, 1e-4 at step 50."""
+    rows, _ = fifty()
+    for theirs, _ in ranks.run(train, "adamw", LAYOUTS[layout], steps=50):
+        assert len(theirs) == 50
+        assert theirs[0] == pytest.approx(rows[0], rel=1e-5)
+        assert theirs[-1] == pytest.approx(rows[-1], rel=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_are_one_process(ranks, layout, optimizer):
