@@ -101,7 +101,7 @@ class Attention(Mixer):
     def forward(self, x_BTD: Tensor, stream: Stream) -> Tensor:
         q = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
         k = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v = self.values(x_BTD, stream)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:
@@ -109,7 +109,7 @@ class Attention(Mixer):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if stream.cache is not None:
             assert self.causal and stream.documents is None
-            k, v = stream.cache.extend(self.entry, k, v, self.window)
+            k, v = self.remember(k, v, stream)
         scores = Scores(
             causal=self.causal,
             window=self.window,
@@ -123,6 +123,18 @@ class Attention(Mixer):
         y_BHTK = attend(q, k, v, scores, self.backend)
         y_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).flatten(2))
         return y_BTD
+
+    def values(self, x_BTD: Tensor, stream: Stream) -> Tensor:
+        """The values BTGK of these tokens; for variants to mix others in."""
+        v_BTGK: Tensor = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        return v_BTGK
+
+    def remember(self, k_BGTK: Tensor, v_BGTK: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Store the new tokens in the decoding cache; keys and values of all that may be seen."""
+        extended: tuple[Tensor, Tensor] = stream.cache.extend(
+            self.entry, k_BGTK, v_BGTK, self.window
+        )
+        return extended
 
     def _bias(self, x_BTD: Tensor, keys: int, stream: Stream) -> Tensor | None:
         """What the position adds to the scores of the newest T queries and the newest S keys."""
