@@ -77,7 +77,9 @@ def launch_local(nproc: int, function: Callable[..., int | None], *args: Any) ->
             signals_to_handle="SIGQUIT",  # the others are passed on
         )
         try:
-            codes = elastic_launch(config, _work)(folder, dict(os.environ), function, args)
+            codes = elastic_launch(config, _work)(
+                os.getpid(), folder, dict(os.environ), function, args
+            )
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise _cause(Path(folder), rank, failure.exitcode, received) from None
@@ -124,6 +126,7 @@ def _passing_signals_on() -> Iterator[list[int]]:
 
 
 def _work(
+    parent: int,
     folder: str,
     environment: dict[str, str],
     function: Callable[..., int | None],
@@ -131,6 +134,8 @@ def _work(
 ) -> int:
     """In a worker: the function's exit code; an exception is left in the folder."""
     _take(environment)
+    done = threading.Event()
+    threading.Thread(target=_mind_the_parent, args=(parent, done), daemon=True).start()
     rank = os.environ["RANK"]
     try:
         return function(*args) or 0
@@ -140,9 +145,27 @@ def _work(
         _leave(folder, rank, RuntimeError(stop.code))
     except BaseException as error:
         _leave(folder, rank, error)
+    finally:
+        done.set()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # at once: threads may wait for ranks that wait for this one
+
+
+def _mind_the_parent(parent: int, done: threading.Event) -> None:
+    """Do not outlive the starting process: stop as at a scheduler's signal, then end.
+
+    A killed `manyforms train` would leave workers behind, training, or waiting for its leave to
+    end. They are the fork server's children, so nobody else tells them.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(parent, 0)
+            time.sleep(1.0)
+    if not done.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.wait()
+    os._exit(1)
 
 
 def _take(environment: dict[str, str]) -> None:

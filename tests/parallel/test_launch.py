@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,25 @@ def test_signals_are_passed_on(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert launch_local(2, workers.stops_when_told, str(tmp_path)) == 75
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    text = (
+        "from parallel.launch import launch_local\n"
+        "from tests.parallel import workers\n"
+        f"launch_local(2, workers.told_after_its_parent, {str(tmp_path)!r})\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", text], cwd=Path(__file__).parents[2])
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: len(list(tmp_path.glob("stopped-*"))) == 2)
+    numbers = [int(path.name.split("-")[2]) for path in tmp_path.glob("stopped-*")]
+    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in numbers))
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)

@@ -48,6 +48,13 @@ def stops_when_told(folder: str) -> int:
     return 75 if received else 1
 
 
+def told_after_its_parent(folder: str) -> int:
+    """Writes down its process, then that it was told to stop."""
+    code = stops_when_told(folder)
+    (Path(folder) / f"stopped-{os.environ['RANK']}-{os.getpid()}").touch()
+    return code
+
+
 def one_after_another(rank_that_fails: int) -> str:
     """For the pool: one rank raises, the others wait for it in a collective."""
     import torch.distributed as dist
