@@ -27,12 +27,13 @@ class BlockConfig(Config):
     """Where the norms stand."""
     residual: Annotated[Any, Slot("residual")] = "standard"
     """The residual topology."""
-    mixer: Annotated[Any, Slot("mixer")] = "attention"
-    """What lets tokens see each other."""
+    mixer: Annotated[Any, Slot("mixer", optional=True)] = "attention"
+    """What lets tokens see each other; null: nothing."""
     cross: Annotated[Any, Slot("mixer", optional=True)] = None
     """A mixer that reads an encoder's output, between `mixer` and `feedforward`."""
     position: Annotated[Any, Slot("position")] = "rope"
-    feedforward: Annotated[Any, Slot("feedforward")] = "swiglu"
+    feedforward: Annotated[Any, Slot("feedforward", optional=True)] = "swiglu"
+    """What computes on each token by itself; null: nothing."""
     activation: Annotated[Any, Slot("activation", optional=True)] = None
     """The nonlinearity, for feed-forwards that let the block choose it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -61,16 +62,28 @@ class Sublayer(nn.Module):
         self.dropout = Dropout(config.dropout)
         depth = max(context["depth"] - 1, 1)
         self.drop_path = DropPath(config.drop_path * context["layer"] / depth)
+        self.others = nn.ModuleList(
+            build("norm", config.norm, dim=dim) for _ in range(self.residual.others)
+        )
         if self.placement.closes and self.residual.defers:
             raise UserError(
-                "this residual leaves a sum pending, so no norm can close over it; "
+                "this residual leaves a part of the state aside, so no norm can close over it; "
                 "use placement: pre or sandwich with it, or residual: standard"
+            )
+        if self.residual.others and not getattr(branch, "multiway", False):
+            raise UserError(
+                f"model.block.mixer: residual {config.residual.name} has inputs of their own for "
+                "queries, keys and values; use a mixer that takes them, such as attention"
             )
 
     def forward(self, stream: Stream) -> None:
         """Update the stream in place; the block has made its own copy."""
         x_BTD = self.placement.before(self.residual.read(stream))
-        y_BTD = self.branch(self.axis.ops.enter(x_BTD), stream)
+        others = [
+            self.axis.ops.enter(norm(other_BTD))
+            for norm, other_BTD in zip(self.others, self.residual.read_others(stream), strict=True)
+        ]
+        y_BTD = self.branch(self.axis.ops.enter(x_BTD), stream, *others)
         y_BTD = self.placement.after(y_BTD)
         if self.scale is not None:
             y_BTD = y_BTD * self.scale()
@@ -100,8 +113,15 @@ class Block(nn.Module):
             ("feedforward", "feedforward", config.feedforward),
         ]
         present = [(name, slot, spec) for name, slot, spec in slots if _wanted(spec)]
+        if not present:
+            raise UserError("model.block: give it a mixer or a feedforward; both are null")
         for index, (name, slot, spec) in enumerate(present):
-            inner = {**context, "branch": name, "sublayer": len(present) * context["layer"] + index}
+            inner = {
+                **context,
+                "branch": name,
+                "sublayer": len(present) * context["layer"] + index,
+                "last": index == len(present) - 1,
+            }
             self.sublayers[name] = Sublayer(build(slot, spec, **inner), config, inner)
 
     @property
@@ -112,6 +132,7 @@ class Block(nn.Module):
         stream = stream.copy()
         for sublayer in self.sublayers.values():
             sublayer(stream)
+        self.residuals[-1].close_block(stream)
         return stream
 
 

@@ -154,10 +154,18 @@ class RowLinear(Leaf):
 class ReplicatedLinear(Leaf):
     """x N,in → N,out, whole on every rank: routers, gates and small heads."""
 
-    def __init__(self, dim_in: int, dim_out: int, bias: bool = False, kind: Kind = "replicated"):
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool = False,
+        kind: Kind = "replicated",
+        fill: Fill = "linear",
+    ):
         super().__init__()
         self.dim_in, self.dim_out = dim_in, dim_out
-        self.add("weight", (dim_out, dim_in), Role(kind, fan_in=dim_in, fan_out=dim_out))
+        role = Role(kind, fill=fill, fan_in=dim_in, fan_out=dim_out)
+        self.add("weight", (dim_out, dim_in), role)
         self.register_parameter("bias", None)
         if bias:
             self.add("bias", (dim_out,), Role(kind, fill="zeros", decay=False))

@@ -37,10 +37,23 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                {**context, "layer": offset + index, "depth": total or depth, "index": index},
+                {
+                    **context,
+                    "layer": offset + index,
+                    "depth": total or depth,
+                    "index": index,
+                    "blocks": depth,
+                },
             )
             for index, config in enumerate(configs)
         )
+        kinds = {type(r) for block in self.blocks for r in block.residuals}  # type: ignore[union-attr]
+        if len(kinds) > 1 and any(kind.whole_stack for kind in kinds):
+            named = sorted({config.residual.name for config in configs})
+            raise UserError(
+                f"model.block: residuals {', '.join(named)} in one stack; one of them carries "
+                "every block's state, so let all blocks use the same"
+            )
         if final_norm is None:
             last = list(self.blocks[-1].sublayers.values())[-1]  # type: ignore[operator]
             final_norm = bool(last.placement.final_norm)

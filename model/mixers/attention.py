@@ -52,6 +52,7 @@ class Attention(Mixer):
     """
 
     caches = True
+    multiway = True
 
     def __init__(
         self,
@@ -98,10 +99,16 @@ class Attention(Mixer):
         )
         self.out = RowLinear(heads * self.head_dim, dim, bias if out_bias is None else out_bias)
 
-    def forward(self, x_BTD: Tensor, stream: Stream) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        stream: Stream,
+        keys_BTD: Tensor | None = None,
+        values_BTD: Tensor | None = None,
+    ) -> Tensor:
         q = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v = self.values(x_BTD, stream)
+        k = self.k(x_BTD if keys_BTD is None else keys_BTD).unflatten(-1, (-1, self.head_dim))
+        v = self.values(x_BTD if values_BTD is None else values_BTD, stream)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:

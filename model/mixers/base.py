@@ -17,6 +17,8 @@ class Mixer(nn.Module):
 
     caches: bool = False
     """Whether it can decode one token at a time from `stream.cache`."""
+    multiway: bool = False
+    """Whether `forward` also takes inputs of their own for the keys and for the values."""
 
     def forward(self, x_BTD: Tensor, stream: Stream) -> Tensor:
         raise NotImplementedError
@@ -25,7 +27,7 @@ class Mixer(nn.Module):
         """Forward operations that no leaf counts, such as the scores of attention."""
         return 0
 
-    def forward_math_flops(self, x_BTD: Tensor, stream: Stream) -> int:
+    def forward_math_flops(self, x_BTD: Tensor, stream: Stream, *others: Tensor) -> int:
         """`math_flops` of one call; for mixers where they depend on more than x's shape."""
         return self.math_flops(x_BTD.shape[0], x_BTD.shape[1])
 

@@ -106,7 +106,7 @@ class CrossAttention(Mixer):
         """With a memory as long as the stream."""
         return 4 * batch * tokens * tokens * self.heads * self.head_dim
 
-    def forward_math_flops(self, x_BTD: Tensor, stream: Stream) -> int:
+    def forward_math_flops(self, x_BTD: Tensor, stream: Stream, *others: Tensor) -> int:
         assert stream.memory is not None
         batch, tokens = x_BTD.shape[:2]
         return 4 * batch * tokens * stream.memory.shape[1] * self.heads * self.head_dim

@@ -74,3 +74,30 @@ def test_ladder_mixed_with_standard_settles_first():
     for f in functions[2:]:
         newer = newer + f(newer)
     torch.testing.assert_close(final(model, IDS), model.stack.norm(newer))
+
+
+def test_hybrid_ladder_of_a_trained_model():
+    """The upper half of a standard model becomes ladder: it has the same parameters under the same
+    names, so a checkpoint of the one is read by the other. Breaks if the switch settles the sum
+    that the lower half left, twice or never."""
+    standard = small("standard", depth=4)
+    block = standard.config.block[0].dump()
+    pattern = [{**block, "residual": r} for r in ("standard", "standard", "ladder", "ladder")]
+    hybrid = LanguageModel(standard.config.replace(block=pattern)).double()
+    hybrid.load_state_dict(standard.state_dict(), strict=True)
+    older = newer = standard.embedding(IDS)
+    for f in list(branches(standard))[:4]:
+        older = newer = newer + f(newer)
+    for f in list(branches(standard))[4:]:
+        older, newer = newer, newer + f(older)
+    torch.testing.assert_close(final(hybrid, IDS), standard.stack.norm(newer))
+
+
+def test_ladder_of_silent_branches_is_standard():
+    """With every branch's output zero but one, there is nothing to be late for."""
+    ladder, standard = small("ladder"), small("standard")
+    for model in (ladder, standard):
+        outputs = [p for n, p in model.named_parameters() if "out.weight" in n or "down." in n]
+        for parameter in outputs[:2] + outputs[3:]:
+            torch.nn.init.zeros_(parameter)
+    torch.testing.assert_close(final(ladder, IDS), final(standard, IDS))
