@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from core.errors import UserError
 from launcher.ahead import start_ahead
-from launcher.exits import guard, say
+from launcher.exits import INTERRUPTED, guard, say
 
 app = typer.Typer(
     name="manyforms",
@@ -252,6 +252,8 @@ def _run(words: list[str] | None) -> int:
             return 0
         say(error.format_message().rstrip(".") + "; see manyforms --help")
         return 2
+    if code == INTERRUPTED:  # typer's own answer to a Ctrl-C, which says nothing
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 

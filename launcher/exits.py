@@ -28,7 +28,7 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, UserError):
         return MISTAKE, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; nothing was saved after the last checkpoint"
+        return INTERRUPTED, "interrupted; what was saved before is untouched"
     if isinstance(error, BrokenPipeError):
         return OK, ""
     # By name: importing the rooms that define them would make every command wait for them.

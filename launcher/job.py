@@ -103,8 +103,8 @@ def run(job: Job, prepare: Callable[[Job], None], resume: bool) -> int:
             else:
                 configure(file=folder / "log.txt")  # for the traceback of a worker that fails
                 code = launch_local(job.layout.world, _work, str(folder), resume)
-        except UserError:
-            _discard(folder)  # the corrected command is not to be met by this folder
+        except (UserError, KeyboardInterrupt):
+            _discard(folder)  # the next command is not to be met by this folder
             raise
     if code == OK and job.first:
         finish(folder, job.config, job.data)
@@ -217,7 +217,9 @@ def write_folder(job: Job) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove the folder of a run that was refused before its first checkpoint."""
-    if not step_folders(folder / "checkpoints"):
+    """Remove the folder of a run that ended before its first step."""
+    metrics = folder / "metrics.jsonl"
+    begun = metrics.exists() and metrics.stat().st_size
+    if not (begun or step_folders(folder / "checkpoints")):
         configure()  # closes log.txt
         shutil.rmtree(folder, ignore_errors=True)
