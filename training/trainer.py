@@ -23,6 +23,7 @@ from model.output import Batch
 from training.callbacks.average import MovingAverage
 from training.callbacks.base import Callback, Record
 from training.callbacks.standard import standard
+from training.callbacks.stepped import Stepped
 from training.callbacks.stop import StopSignals
 from training.config import TrainConfig
 from training.counts import count_run
@@ -133,6 +134,7 @@ class Trainer:
         self.callbacks = [
             *([self.average] if self.average is not None else []),
             StopSignals(),
+            Stepped(seed),
             *standard(folder, self.store, checkpoint),
             *callbacks,
         ]

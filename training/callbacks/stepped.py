@@ -1,0 +1,56 @@
+"""Tells the parts of a model that live by optimizer steps when one begins or has ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from training.callbacks.base import Callback, Record
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+
+class Stepped(Callback):
+    """Calls, on every rank and in the order of the model's modules,
+
+    - `begin_step(seed, step)` before step `step` (from 0): what is drawn there is a function of
+      the two, so it is alike on all ranks and after a resume;
+    - `end_step() -> {parameter's name: what to add to it, whole}` after each step: what is learned
+      without gradients. The numbers must be alike on all ranks.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._begins: list[Any] = []
+        self._ends: list[Any] = []
+
+    def start(self, trainer: Trainer) -> None:
+        modules = list(trainer.engine.model.modules())
+        self._begins = [m for m in modules if hasattr(m, "begin_step")]
+        self._ends = [m for m in modules if hasattr(m, "end_step")]
+        self._begin(trainer.step)
+
+    def step(self, trainer: Trainer, record: Record | None) -> None:
+        for module in self._ends:
+            for name, change in module.end_step().items():
+                add_whole(module.get_parameter(name), change)
+        self._begin(trainer.step)
+
+    def _begin(self, step: int) -> None:
+        for module in self._begins:
+            module.begin_step(self.seed, step)
+
+
+@torch.no_grad()
+def add_whole(parameter: Tensor, change: Tensor) -> None:
+    """Add to a parameter that may be a DTensor a whole tensor that every rank holds."""
+    if isinstance(parameter, DTensor):
+        # Every rank cuts its own part; nothing is sent.
+        change = distribute_tensor(
+            change, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.add_(change)
