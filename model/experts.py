@@ -61,6 +61,11 @@ class Experts(nn.Module):
         y_PD: Tensor = h_PF @ down_FD
         return y_PD
 
+    def each(self, x_ECD: Tensor) -> Tensor:
+        """Every expert on its own C tokens: y ECD."""
+        weights = [bank() for bank in (self.gate, self.up, self.down) if bank is not None]
+        return self._expert(x_ECD, weights)
+
     def _grouped(self, x_PD: Tensor, weights: list[Tensor], count_E: Tensor) -> Tensor:
         """All experts in one kernel per matrix, with no wait for the counts on the host."""
         ends_E = count_E.cumsum(0).to(torch.int32)
@@ -87,8 +92,7 @@ class Experts(nn.Module):
         held_S = held_S.scatter(0, slot_Nk.flatten(), token_P)[:last]
         padded = torch.cat((x_ND, x_ND.new_zeros(1, x_ND.shape[1])))  # the empty slots' token
         x_ECD = padded[held_S].view(self.experts, capacity, -1)
-        weights = [bank() for bank in (self.gate, self.up, self.down) if bank is not None]
-        y_SD = self._expert(x_ECD, weights).flatten(0, 1)
+        y_SD = self.each(x_ECD).flatten(0, 1)
         y_SD = torch.cat((y_SD, y_SD.new_zeros(1, y_SD.shape[1])))
         return (y_SD[slot_Nk] * weights_Nk[..., None].to(y_SD.dtype)).sum(1)
 
