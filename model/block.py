@@ -12,7 +12,7 @@ from torch import nn
 
 from core.config import Config
 from core.errors import UserError
-from core.registry import PartConfig, Slot, build
+from core.registry import PartConfig, Slot, build, resolve
 from model.leaves import Axis, Dropout, DropPath, NormVector, leaves
 from model.placements.base import Placement
 from model.residuals.base import Residual
@@ -47,15 +47,18 @@ class BlockConfig(Config):
 class Sublayer(nn.Module):
     """One residual branch: norms around a mixer or a feed-forward, joined to the stream."""
 
-    def __init__(self, branch: nn.Module, config: BlockConfig, context: dict[str, Any]):
+    def __init__(self, slot: str, spec: Any, config: BlockConfig, context: dict[str, Any]):
         super().__init__()
         dim: int = context["dim"]
         self.residual: Residual = build("residual", config.residual, **context)
         self.placement: Placement = build("placement", config.placement, **context)
         self.axis = Axis()
+        branch: nn.Module = build(slot, _equipped(slot, spec, self.placement, context), **context)
         self.branch = branch
-        for _, leaf in leaves(branch):
+        for name, leaf in leaves(branch):
             leaf.inside = True
+            if self.placement.gain != 1 and name not in getattr(branch, "selectors", ()):
+                leaf.amplify(self.placement.gain)
         self.scale = (
             NormVector(dim, fill=config.layer_scale) if config.layer_scale is not None else None
         )
@@ -78,6 +81,10 @@ class Sublayer(nn.Module):
 
     def forward(self, stream: Stream) -> None:
         """Update the stream in place; the block has made its own copy."""
+        rewrites = self.placement.closes
+        if rewrites:
+            stream.settle()
+            stream.hidden = self.placement.open(stream.hidden)
         x_BTD = self.placement.before(self.residual.read(stream))
         others = [
             self.axis.ops.enter(norm(other_BTD))
@@ -87,8 +94,10 @@ class Sublayer(nn.Module):
         y_BTD = self.placement.after(y_BTD)
         if self.scale is not None:
             y_BTD = y_BTD * self.scale()
+        if rewrites:
+            stream.hidden = self.placement.keep(stream.hidden)
         self.residual.write(stream, self.drop_path(self.dropout(y_BTD)))
-        if self.placement.closes:
+        if rewrites:
             stream.hidden = self.placement.close(stream.hidden)
 
 
@@ -122,7 +131,7 @@ class Block(nn.Module):
                 "sublayer": len(present) * context["layer"] + index,
                 "last": index == len(present) - 1,
             }
-            self.sublayers[name] = Sublayer(build(slot, spec, **inner), config, inner)
+            self.sublayers[name] = Sublayer(slot, spec, config, inner)
 
     @property
     def residuals(self) -> list[Residual]:
@@ -134,6 +143,34 @@ class Block(nn.Module):
             sublayer(stream)
         self.residuals[-1].close_block(stream)
         return stream
+
+
+def _equipped(slot: str, spec: Any, placement: Placement, context: dict[str, Any]) -> Any:
+    """The branch's part with the options that the placement needs, where they are at defaults.
+
+    Raises:
+        UserError: if the part has no such option.
+    """
+    options = placement.options(context["branch"])
+    if not options:
+        return spec
+    name = type(placement).__name__
+    if not isinstance(spec, str | dict | PartConfig):
+        raise UserError(f"model.block.placement: {name} needs a {slot} chosen by name")
+    part = resolve(slot, spec)
+    fields = type(part).model_fields
+    missing = [option for option in options if option not in fields]
+    if missing:
+        raise UserError(
+            f"model.block.placement: {name} puts norms inside its branches, but {slot} "
+            f"'{part.name}' has no option {missing[0]}; use another {slot} or placement: sandwich"
+        )
+    changed = {
+        option: value
+        for option, value in options.items()
+        if getattr(part, option) == fields[option].default
+    }
+    return part.replace(**changed)
 
 
 def _wanted(spec: Any) -> bool:

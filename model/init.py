@@ -35,7 +35,7 @@ class Scheme:
             return torch.full(shape, float(role.fill))
         if callable(role.fill):
             return role.fill(shape, generator)
-        return self.matrix(shape, role, depth, generator)
+        return self.matrix(shape, role, depth, generator) * role.gain
 
 
 def _normal(shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:

@@ -94,12 +94,14 @@ class LanguageModel(nn.Module):
         self.encoder: Stack | None = None
         if both:
             blocks = config.encoder_block or [b.replace(cross=None) for b in config.block]
-            self.encoder = Stack(blocks, encoder_depth, {**context, "causal": False})
+            self.encoder = Stack(
+                blocks, encoder_depth, {**context, "causal": False, "paired": config.depth}
+            )
             if not any(block.cross for block in config.block):
                 raise UserError(
                     "model.block.cross: an encoder_decoder needs it, e.g. cross_attention"
                 )
-        self.stack = Stack(config.block, config.depth, context)
+        self.stack = Stack(config.block, config.depth, {**context, "paired": encoder_depth})
         tied = self.embedding if config.tie_embeddings else None
         self.head = VocabHead(config.dim, config.vocab, tied)
 

@@ -9,7 +9,7 @@ Axes: B batch, T tokens, D width, V vocabulary, E experts, C channels, N = any l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,6 +38,7 @@ class Role:
     decay: whether weight decay applies.
     matrix: a hidden weight matrix, for optimizers that orthogonalise; the last two axes are it.
     outside: used after the sublayer's output has left the region (a row-split linear's bias).
+    gain: multiplies the first values that the init scheme draws for a matrix.
     """
 
     kind: Kind
@@ -49,6 +50,7 @@ class Role:
     decay: bool = True
     matrix: bool = False
     outside: bool = False
+    gain: float = 1.0
 
 
 class Leaf(nn.Module):
@@ -73,6 +75,14 @@ class Leaf(nn.Module):
 
             with torch.no_grad():
                 parameter.copy_(default_fill(parameter.shape, role, torch.default_generator))
+
+    @torch.no_grad()
+    def amplify(self, gain: float) -> None:
+        """Multiply the first values of this leaf's hidden weight matrices, whatever the scheme."""
+        for name, role in self.roles.items():
+            if role.matrix:
+                self.roles[name] = replace(role, gain=role.gain * gain)
+                getattr(self, name).mul_(gain)
 
     def value(self, name: str) -> Tensor:
         """The parameter as this rank computes with it."""

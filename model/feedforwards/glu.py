@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from core.registry import Slot, build, register
 from model.feedforwards.mlp import hidden_width
 from model.leaves import ColumnLinear, Dropout, RowLinear
+from model.norms.split import split_norm
 from model.stream import Stream
 
 _SOURCE: Any = {"paper": "2002.05202", "title": "GLU Variants Improve Transformer"}
@@ -34,6 +35,8 @@ class GLU(nn.Module):
         multiple_of: round the hidden channels up to a multiple of this.
         bias: use biases.
         activation: the gate's nonlinearity.
+        mid_norm: a norm over the hidden channels before the second matrix (2110.09456, 2210.06423);
+            rmsnorm or layernorm.
         dropout: dropout on the hidden channels.
     """
 
@@ -48,6 +51,7 @@ class GLU(nn.Module):
         multiple_of: _Multiple = 1,
         bias: bool = False,
         activation: Annotated[Any, Slot("activation")] = "sigmoid",
+        mid_norm: Annotated[Any, Slot("norm", optional=True)] = None,
         dropout: _Rate = 0.0,
     ):
         super().__init__()
@@ -55,11 +59,14 @@ class GLU(nn.Module):
         self.gate = ColumnLinear(dim, hidden, bias)
         self.up = ColumnLinear(dim, hidden, bias)
         self.activation = build("activation", activation, dim=hidden)
+        self.mid_norm = split_norm(mid_norm, hidden) if mid_norm is not None else None
         self.dropout = Dropout(dropout)
         self.down = RowLinear(hidden, dim, bias)
 
     def forward(self, x_BTD: Tensor, stream: Stream | None = None) -> Tensor:
         h_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        if self.mid_norm is not None:
+            h_BTF = self.mid_norm(h_BTF)
         y_BTD: Tensor = self.down(self.dropout(h_BTF))
         return y_BTD
 
@@ -76,6 +83,7 @@ def _variant(name: str, activation: str, formula: str) -> type[GLU]:
             width: _Width = None,
             multiple_of: _Multiple = 1,
             bias: bool = False,
+            mid_norm: Annotated[Any, Slot("norm", optional=True)] = None,
             dropout: _Rate = 0.0,
         ):
             super().__init__(
@@ -85,6 +93,7 @@ def _variant(name: str, activation: str, formula: str) -> type[GLU]:
                 multiple_of=multiple_of,
                 bias=bias,
                 activation=activation,
+                mid_norm=mid_norm,
                 dropout=dropout,
             )
 

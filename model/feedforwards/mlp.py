@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from core.registry import Slot, build, register
 from model.leaves import ColumnLinear, Dropout, RowLinear
+from model.norms.split import split_norm
 from model.stream import Stream
 
 
@@ -29,6 +30,8 @@ class MLP(nn.Module):
         multiple_of: round the hidden channels up to a multiple of this.
         bias: use biases.
         activation: the nonlinearity; the block's `activation` where that is set.
+        mid_norm: a norm over the hidden channels before the second matrix (2110.09456, 2210.06423);
+            rmsnorm or layernorm.
         dropout: dropout on the hidden channels.
     """
 
@@ -42,16 +45,20 @@ class MLP(nn.Module):
         multiple_of: Annotated[int, Field(gt=0)] = 1,
         bias: bool = True,
         activation: Annotated[Any, Slot("activation", optional=True)] = None,
+        mid_norm: Annotated[Any, Slot("norm", optional=True)] = None,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ):
         super().__init__()
         hidden = hidden_width(dim, ratio, width, multiple_of)
         self.up = ColumnLinear(dim, hidden, bias)
         self.activation = build("activation", activation or block_activation or "gelu", dim=hidden)
+        self.mid_norm = split_norm(mid_norm, hidden) if mid_norm is not None else None
         self.dropout = Dropout(dropout)
         self.down = RowLinear(hidden, dim, bias)
 
     def forward(self, x_BTD: Tensor, stream: Stream | None = None) -> Tensor:
         h_BTF = self.activation(self.up(x_BTD))
+        if self.mid_norm is not None:
+            h_BTF = self.mid_norm(h_BTF)
         y_BTD: Tensor = self.down(self.dropout(h_BTF))
         return y_BTD

@@ -15,8 +15,9 @@ from core.errors import UserError
 from core.registry import Slot, build, register
 from model.attention import Backend, Scores, attend
 from model.cache import entry_name
-from model.leaves import ColumnLinear, RowLinear
+from model.leaves import ColumnLinear, HeadParameter, RowLinear
 from model.mixers.base import Mixer
+from model.norms.split import split_norm
 from model.positions.base import position_for, span
 from model.stream import Stream
 
@@ -43,6 +44,10 @@ class Attention(Mixer):
         bias: biases in the query, key and value projections.
         out_bias: a bias in the output projection; as `bias` if not given.
         qk_norm: a norm over each head's queries and keys, before positions.
+        v_norm: a norm over each head's values (2503.04598).
+        out_norm: a norm over all heads' outputs before the output projection (2210.06423); rmsnorm
+            or layernorm.
+        head_scale: a learned factor per head on its output (NormFormer, 2110.09456).
         window: how many of the latest tokens a query sees (the nearest on both sides without
             causality).
         scale: multiplies the scores; 1/sqrt(K) if not given.
@@ -70,6 +75,9 @@ class Attention(Mixer):
         bias: bool = False,
         out_bias: bool | None = None,
         qk_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        v_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        out_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        head_scale: bool = False,
         window: _Positive = None,
         scale: Annotated[float | None, Field(gt=0)] = None,
         softcap: Annotated[float | None, Field(gt=0)] = None,
@@ -87,6 +95,10 @@ class Attention(Mixer):
         self.v = ColumnLinear(dim, groups * self.head_dim, bias)
         self.q_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
         self.k_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
+        self.v_norm = build("norm", v_norm, dim=self.head_dim) if v_norm is not None else None
+        self.head_scale = HeadParameter(heads, 1, 1, fill="ones") if head_scale else None
+        width = heads * self.head_dim
+        self.out_norm = split_norm(out_norm, width) if out_norm is not None else None
         self.position = position_for(
             "attention",
             position,
@@ -97,7 +109,7 @@ class Attention(Mixer):
             grid=grid,
             causal=causal,
         )
-        self.out = RowLinear(heads * self.head_dim, dim, bias if out_bias is None else out_bias)
+        self.out = RowLinear(width, dim, bias if out_bias is None else out_bias)
 
     def forward(
         self,
@@ -109,6 +121,8 @@ class Attention(Mixer):
         q = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
         k = self.k(x_BTD if keys_BTD is None else keys_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.values(x_BTD if values_BTD is None else values_BTD, stream)
+        if self.v_norm is not None:
+            v = self.v_norm(v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:
@@ -128,7 +142,12 @@ class Attention(Mixer):
             scratch=stream.scratch,
         )
         y_BHTK = attend(q, k, v, scores, self.backend)
-        y_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).flatten(2))
+        if self.head_scale is not None:
+            y_BHTK = y_BHTK * self.head_scale().to(y_BHTK.dtype)
+        y_BTC = y_BHTK.transpose(1, 2).flatten(2)
+        if self.out_norm is not None:
+            y_BTC = self.out_norm(y_BTC)
+        y_BTD: Tensor = self.out(y_BTC)
         return y_BTD
 
     def values(self, x_BTD: Tensor, stream: Stream) -> Tensor:

@@ -19,6 +19,8 @@ class Mixer(nn.Module):
     """Whether it can decode one token at a time from `stream.cache`."""
     multiway: bool = False
     """Whether `forward` also takes inputs of their own for the keys and for the values."""
+    selectors: tuple[str, ...] = ("q", "k")
+    """Names of the leaves that only decide who is seen; a placement's `gain` leaves them alone."""
 
     def forward(self, x_BTD: Tensor, stream: Stream) -> Tensor:
         raise NotImplementedError

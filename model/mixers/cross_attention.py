@@ -14,9 +14,10 @@ from core.errors import UserError
 from core.registry import Slot, build, register
 from model.attention import Backend, Scores, attend
 from model.cache import entry_name
-from model.leaves import ColumnLinear, RowLinear
+from model.leaves import ColumnLinear, HeadParameter, RowLinear
 from model.mixers.attention import head_shapes
 from model.mixers.base import Mixer
+from model.norms.split import split_norm
 from model.stream import Stream
 
 _Positive = Annotated[int | None, Field(gt=0)]
@@ -42,6 +43,10 @@ class CrossAttention(Mixer):
         bias: biases in the query, key and value projections.
         out_bias: a bias in the output projection; as `bias` if not given.
         qk_norm: a norm over each head's queries and keys.
+        v_norm: a norm over each head's values (2503.04598).
+        out_norm: a norm over all heads' outputs before the output projection (2210.06423); rmsnorm
+            or layernorm.
+        head_scale: a learned factor per head on its output (NormFormer, 2110.09456).
         dropout: dropout on the attention weights.
         backend: as in attention.
     """
@@ -61,6 +66,9 @@ class CrossAttention(Mixer):
         bias: bool = False,
         out_bias: bool | None = None,
         qk_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        v_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        out_norm: Annotated[Any, Slot("norm", optional=True)] = None,
+        head_scale: bool = False,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         backend: Backend = "auto",
     ):
@@ -73,7 +81,11 @@ class CrossAttention(Mixer):
         self.v = ColumnLinear(dim, groups * self.head_dim, bias)
         self.q_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
         self.k_norm = build("norm", qk_norm, dim=self.head_dim) if qk_norm is not None else None
-        self.out = RowLinear(heads * self.head_dim, dim, bias if out_bias is None else out_bias)
+        self.v_norm = build("norm", v_norm, dim=self.head_dim) if v_norm is not None else None
+        self.head_scale = HeadParameter(heads, 1, 1, fill="ones") if head_scale else None
+        width = heads * self.head_dim
+        self.out_norm = split_norm(out_norm, width) if out_norm is not None else None
+        self.out = RowLinear(width, dim, bias if out_bias is None else out_bias)
 
     def forward(self, x_BTD: Tensor, stream: Stream) -> Tensor:
         memory_BSD = stream.memory
@@ -91,12 +103,18 @@ class CrossAttention(Mixer):
         if stream.documents is not None and stream.memory_documents is not None:
             scores.documents, scores.key_documents = stream.documents, stream.memory_documents
         y_BHTK = attend(q, k, v, scores, self.backend)
-        y_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).flatten(2))
+        if self.head_scale is not None:
+            y_BHTK = y_BHTK * self.head_scale().to(y_BHTK.dtype)
+        y_BTC = y_BHTK.transpose(1, 2).flatten(2)
+        if self.out_norm is not None:
+            y_BTC = self.out_norm(y_BTC)
+        y_BTD: Tensor = self.out(y_BTC)
         return y_BTD
 
     def _read(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values BGSK of the memory."""
-        return self._heads(self.k(memory_BSD), self.k_norm), self._heads(self.v(memory_BSD))
+        k = self._heads(self.k(memory_BSD), self.k_norm)
+        return k, self._heads(self.v(memory_BSD), self.v_norm)
 
     def _heads(self, x: Tensor, norm: Any = None) -> Tensor:
         x = x.unflatten(-1, (-1, self.head_dim))

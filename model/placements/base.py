@@ -2,14 +2,18 @@
 
 A sublayer computes, with f its mixer or feed-forward:
 
-    x = residual.read(stream);  y = after(f(before(x)));  residual.write(stream, y)
+    stream.hidden = open(stream.hidden)
+    x = residual.read(stream);  y = after(f(before(x)))
+    stream.hidden = keep(stream.hidden);  residual.write(stream, y)
     stream.hidden = close(stream.hidden)
 
-A placement says where norms stand by filling `before`, `after` and `close`; all three work on the
-stream, outside the region.
+A placement says where norms stand by filling these; all work on the stream, outside the region.
+Norms inside f, and the first values of f's matrices, it asks for by `options` and `gain`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,13 +23,32 @@ class Placement(nn.Module):
 
     final_norm: bool = True
     closes: bool = False
-    """Whether `close` changes the hidden state; not with residuals that leave a sum pending."""
+    """Whether `open`, `keep` or `close` changes the hidden state itself; not with residuals that
+    leave a sum pending."""
+    gain: float = 1.0
+    """Multiplies the first values of the branch's matrices, but not a mixer's `selectors`."""
+
+    def options(self, branch: str) -> dict[str, Any]:
+        """Options that this placement sets on the part in a branch ("mixer", "cross" or
+        "feedforward"), where the config leaves them at their defaults."""
+        return {}
+
+    def open(self, x_BTD: Tensor) -> Tensor:
+        """The stream as the sublayer starts."""
+        return x_BTD
 
     def before(self, x_BTD: Tensor) -> Tensor:
+        """What the branch computes on."""
         return x_BTD
 
     def after(self, y_BTD: Tensor) -> Tensor:
+        """The branch's output."""
         return y_BTD
 
+    def keep(self, x_BTD: Tensor) -> Tensor:
+        """What of the stream the branch's output is added to."""
+        return x_BTD
+
     def close(self, x_BTD: Tensor) -> Tensor:
+        """The stream as the sublayer ends."""
         return x_BTD
