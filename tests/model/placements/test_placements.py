@@ -22,5 +22,5 @@ def test_pre_and_post_are_their_formulas():
 
 
 def test_post_norm_cannot_close_over_a_pending_sum():
-    with pytest.raises(UserError, match="leaves a sum pending"):
+    with pytest.raises(UserError, match="no norm can close over it"):
         small("ladder", 1, "post")
