@@ -42,6 +42,8 @@ class MoE(nn.Module):
     Args:
         experts: how many experts there are.
         top_k: how many each token goes to.
+        granularity: so many times narrower experts, so many times more of them and of a token's
+            choices, at equal parameters and operations (Krajewski et al. 2024, 2402.07871).
         shared: how many more experts see every token (Dai et al. 2024, 2401.06066).
         mode: dropless computes every assignment (Gale et al. 2022, 2211.15841); capacity gives
             each expert at most capacity_factor · k · T / E tokens of a sample (2006.16668), whose
@@ -72,6 +74,7 @@ class MoE(nn.Module):
         *,
         experts: Annotated[int, Field(gt=0)] = 8,
         top_k: Annotated[int, Field(gt=0)] = 2,
+        granularity: Annotated[int, Field(gt=0)] = 1,
         shared: Annotated[int, Field(ge=0)] = 0,
         mode: Literal["dropless", "capacity"] = "dropless",
         capacity_factor: Annotated[float, Field(gt=0)] = 1.25,
@@ -89,10 +92,17 @@ class MoE(nn.Module):
         super().__init__()
         if top_k > experts:
             raise UserError(f"moe: top_k ({top_k}) cannot be above experts ({experts})")
-        self.layer, self.top_k, self.mode, self.factor = layer, top_k, mode, capacity_factor
+        self.layer, self.mode, self.factor = layer, mode, capacity_factor
         self.score, self.normalise, self.jitter = score, normalise, jitter
         self.balance, self.z = balance, z
         hidden = hidden_width(dim, ratio, width, multiple_of)
+        if hidden % granularity:
+            raise UserError(
+                f"moe: {hidden} hidden channels of an expert are not a multiple of granularity "
+                f"({granularity}); set width or multiple_of"
+            )
+        experts, hidden = experts * granularity, hidden // granularity
+        self.top_k, shared = top_k * granularity, shared * granularity
         chosen = activation or block_activation or "silu"
         self.axis = Axis()
         self.router = Router(dim, experts)

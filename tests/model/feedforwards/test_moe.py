@@ -207,3 +207,19 @@ def test_flops_and_active_fraction():
 def test_more_choices_than_experts_is_the_users_mistake():
     with pytest.raises(UserError, match=r"top_k \(3\) cannot be above experts \(2\)"):
         MoE(6, experts=2, top_k=3)
+
+
+def test_granularity_keeps_parameters_and_operations():
+    """Finer experts: more, narrower, chosen more often; only the router grows."""
+    coarse = MoE(6, experts=4, top_k=1, width=8, shared=1)
+    fine = MoE(6, experts=4, top_k=1, width=8, shared=1, granularity=4)
+    assert (fine.experts.experts, fine.experts.hidden, fine.top_k) == (16, 2, 4)
+    sizes = [sum(p.numel() for p in m.parameters()) - m.router.weight.numel() for m in
+             (coarse, fine)]  # fmt: skip
+    assert sizes[0] == sizes[1]
+    router = [2 * X.numel() * m.experts.experts for m in (coarse, fine)]
+    assert coarse.flops(X) - router[0] == fine.flops(X) - router[1]
+    assert coarse.active_fraction == fine.active_fraction
+    agree(fine, lambda p, x: slow(p, x, 4) + fine.shared(x), X)
+    with pytest.raises(UserError, match="granularity"):
+        MoE(6, width=7, granularity=2)
