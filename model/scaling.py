@@ -37,7 +37,7 @@ class Law:
         if min(parameters, tokens) <= 0 or granularity < 1:
             raise UserError("scaling law: parameters and tokens above 0, granularity at least 1")
         width = self.g / granularity**self.gamma + self.a
-        return self.c + width / parameters**self.alpha + self.b / tokens**self.beta
+        return float(self.c + width / parameters**self.alpha + self.b / tokens**self.beta)
 
 
 LAWS: dict[int, Law] = {
