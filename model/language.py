@@ -49,6 +49,8 @@ class LanguageConfig(Config):
     """The longest sequence; position tables end there."""
     tie_embeddings: bool = True
     """Use the embedding table as the head's weight."""
+    head_bias: bool = False
+    """Learn an offset per logit."""
     embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mask_documents: bool = True
     """Keep packed documents from seeing each other."""
@@ -103,7 +105,7 @@ class LanguageModel(nn.Module):
                 )
         self.stack = Stack(config.block, config.depth, {**context, "paired": encoder_depth})
         tied = self.embedding if config.tie_embeddings else None
-        self.head = VocabHead(config.dim, config.vocab, tied)
+        self.head = VocabHead(config.dim, config.vocab, tied, config.head_bias)
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> ModelOutput:
         """With a cache, `tokens` are those that follow the ones it holds, and the logits B,1,V are

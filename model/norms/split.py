@@ -75,7 +75,7 @@ def split_norm(spec: Any, channels: int) -> nn.Module:
     if part.name == "layernorm":
         return SplitNorm(channels, centre=True, eps=part.eps, gain=True, bias=part.bias)
     if part.name == "rmsnorm":
-        return SplitNorm(channels, centre=False, eps=part.eps, gain=part.gain, bias=False)
+        return SplitNorm(channels, centre=False, eps=part.eps, gain=part.gain, bias=part.bias)
     raise UserError(
         f"norm '{part.name}' has no form for channels that tensor parallelism splits; inside a "
         "branch use rmsnorm or layernorm"

@@ -16,6 +16,13 @@ def test_rmsnorm_is_its_formula():
     agree(RMSNorm(12, eps=1e-3), formula, X)
 
 
+def test_rmsnorm_with_an_offset():
+    norm = RMSNorm(12, bias=True)
+    with torch.no_grad():
+        norm.bias.weight.copy_(torch.arange(12.0))
+    torch.testing.assert_close(norm(X), RMSNorm(12)(X) + torch.arange(12.0))
+
+
 def test_layernorm_is_its_formula():
     def formula(p, x):
         centred = x - x.mean(-1, keepdim=True)
