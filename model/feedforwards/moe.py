@@ -7,7 +7,7 @@ Axes: B batch, T tokens, D width, E experts, N tokens of all samples, k experts 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -64,7 +64,7 @@ class MoE(nn.Module):
         activation: the experts' nonlinearity; the block's `activation` where that is set, or silu.
     """
 
-    probe = {"experts": 4, "ratio": 2.0, "shared": 1, "z": 0.001}
+    probe: ClassVar[dict[str, Any]] = {"experts": 4, "ratio": 2.0, "shared": 1, "z": 0.001}
 
     def __init__(
         self,
