@@ -52,7 +52,7 @@ def test_first_values_spread_as_published(leaf):
 
 def test_the_first_output_moves_alike_at_every_depth():
     """One step of gradient descent moves the output by about as much at 6 layers as at 48. Breaks
-    where γ grows with a power of the depth."""
+    where γ falls with the depth, and without the inner norms: pre-norm's moves three times as far."""
     moved = []
     for depth in (6, 24, 48):
         model = small("magneto", depth=depth, moved=False, model={"init": "xavier"})
@@ -62,7 +62,7 @@ def test_the_first_output_moves_alike_at_every_depth():
             for parameter in model.stack.parameters():
                 parameter.sub_(parameter.grad, alpha=0.01)
             moved.append((final(model) - before).norm().item())
-    assert max(moved) < 3 * min(moved), moved
+    assert max(moved) < 2 * min(moved), moved
 
 
 def test_encoder_decoders_have_the_inner_norm_in_cross_attention_too():
