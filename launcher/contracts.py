@@ -7,6 +7,7 @@ from pathlib import Path
 from core.errors import UserError
 from core.registry import load_plugin
 from evaluation.contracts.probe import mechanisms
+from evaluation.contracts.ranks import Ranks
 from evaluation.contracts.run import run
 from launcher.exits import FAILED, OK
 
@@ -24,8 +25,13 @@ def check(path: Path) -> int:
     if not found:
         raise UserError(f"{path}: registers no mechanism; decorate it with @register(slot, name)")
     failed = 0
-    for result in run(found, None, (str(path),)):
-        line = f"{MARKS[result.status]:<7}{result.mechanism}  {result.contract}  {result.reason}"
-        print(line.rstrip(), flush=True)
-        failed += result.status == "failed"
+    ranks = Ranks(2)
+    try:
+        for result in run(found, ranks, (str(path.resolve()),)):
+            mark = MARKS[result.status]
+            line = f"{mark:<7}{result.mechanism}  {result.contract}  {result.reason}"
+            print(line.rstrip(), flush=True)
+            failed += result.status == "failed"
+    finally:
+        ranks.close()
     return FAILED if failed else OK

@@ -136,7 +136,7 @@ def compiled(probe: Probe, backend: str = "aot_eager") -> None:
     model.zero_grad()
     fast = total_loss(again(batch), batch)
     fast.backward()
-    error = float(abs(fast - loss))
+    error = float((fast.detach() - loss).abs())
     assert error < 1e-5 * max(1.0, float(loss)), f"eager {loss:.7f}, compiled {fast:.7f}"
     for name, parameter in model.named_parameters():
         if name in found:
