@@ -52,7 +52,7 @@ def test_first_values_spread_as_published(leaf):
 
 def test_the_first_output_moves_alike_at_every_depth():
     """One step of gradient descent moves the output by about as much at 6 layers as at 48. Breaks
-    where γ falls with the depth, and without the inner norms: pre-norm's moves three times as far."""
+    where γ falls with the depth, and without the inner norms: pre-norm's moves thrice as far."""
     moved = []
     for depth in (6, 24, 48):
         model = small("magneto", depth=depth, moved=False, model={"init": "xavier"})
