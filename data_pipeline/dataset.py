@@ -86,8 +86,12 @@ class Mixture(BatchedDataset):
         epoch = max(len(s) / share for s, share in zip(self.sets, self.shares, strict=True))
         ends = np.rint(np.cumsum(self.shares) * epoch).astype(np.int64)
         # Rounding may leave a set one index short of its own length, or a tiny set with none.
-        needed = np.array([1 if len(s) < epoch * share else len(s)
-                           for s, share in zip(self.sets, self.shares, strict=True)])
+        needed = np.array(
+            [
+                1 if len(s) < epoch * share else len(s)
+                for s, share in zip(self.sets, self.shares, strict=True)
+            ]
+        )
         counts = np.maximum(np.diff(ends, prepend=0), needed)
         self.ends = np.cumsum(counts)
 

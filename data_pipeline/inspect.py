@@ -27,8 +27,10 @@ def _language(data: Data) -> list[str]:
         for side in ("train", "validation"):
             lines.append(f"  {side}: {_counts(facts[side])}")
     sample = data.train[0]
-    lines.append(f"samples: {len(data.train):,} to train on, {len(data.validation):,} held out, "
-                 f"{len(sample['tokens']):,} tokens each")
+    lines.append(
+        f"samples: {len(data.train):,} to train on, {len(data.validation):,} held out, "
+        f"{len(sample['tokens']):,} tokens each"
+    )
     text = tokenizer.decode(sample["tokens"].tolist())
     lines.append(f"the first: {text[:_SHOWN]!r}{'…' if len(text) > _SHOWN else ''}")
     return lines

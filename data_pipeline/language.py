@@ -43,7 +43,10 @@ def open_language(config: DataConfig, seed: int, cache: Path) -> Data:
     held_folders = own_folders if held is None else folders[len(training) :]
     validation = [
         Windows(
-            read_tokens(folder, "validation"), config.sequence, masked=masked, end=tokenizer.end,
+            read_tokens(folder, "validation"),
+            config.sequence,
+            masked=masked,
+            end=tokenizer.end,
             partial=True,
         )
         for folder in held_folders
@@ -92,19 +95,13 @@ def _tokenizer(config: DataConfig, training: Sequence[SplitText], cache: Path) -
 
 
 def _token_folder(split: SplitText, tokenizer: Tokenizer, cache: Path) -> Path:
-    name = key(
-        "tokens", _FORMAT, split.fingerprint, _how(split), tokenizer.fingerprint()
-    )
-    return cached(
-        cache / "tokens" / name, partial(write_tokens, source=split, tokenizer=tokenizer)
-    )
+    name = key("tokens", _FORMAT, split.fingerprint, _how(split), tokenizer.fingerprint())
+    return cached(cache / "tokens" / name, partial(write_tokens, source=split, tokenizer=tokenizer))
 
 
 def _text_facts(folder: Path) -> dict[str, Any]:
     def counts(tokens: Tokens) -> dict[str, Any]:
-        return {
-            "documents": len(tokens.starts), "tokens": len(tokens.ids), "bytes": tokens.bytes
-        }
+        return {"documents": len(tokens.starts), "tokens": len(tokens.ids), "bytes": tokens.bytes}
 
     sides = {side: counts(read_tokens(folder, side)) for side in ("train", "validation")}
     return {"split": split_of(folder), **sides}

@@ -112,5 +112,3 @@ class Tokenizer(ABC):
         assert isinstance(tokenizer, Tokenizer)
         tokenizer.restore(files)
         return tokenizer
-
-

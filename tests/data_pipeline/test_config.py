@@ -20,8 +20,12 @@ def only(sources: Any) -> WeightedSource:
 
 @pytest.mark.parametrize(
     "form",
-    ["python_stdlib", ["python_stdlib"], {"name": "python_stdlib"},
-     [{"name": "python_stdlib", "weight": 1.0}]],
+    [
+        "python_stdlib",
+        ["python_stdlib"],
+        {"name": "python_stdlib"},
+        [{"name": "python_stdlib", "weight": 1.0}],
+    ],
 )
 def test_forms_of_a_source(form: Any) -> None:
     assert only(form).name == "python_stdlib" and only(form).weight == 1.0
@@ -35,8 +39,15 @@ def test_weight_stands_beside_the_options() -> None:
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("a/b.txt", "text"), ("b.md", "text"), ("c.jsonl", "jsonl"), ("x/*.ndjson", "jsonl"),
-     ("s-{00..03}.tar", "webdataset"), ("i.tar.gz", "image_folder"), ("i.tgz", "image_folder")],
+    [
+        ("a/b.txt", "text"),
+        ("b.md", "text"),
+        ("c.jsonl", "jsonl"),
+        ("x/*.ndjson", "jsonl"),
+        ("s-{00..03}.tar", "webdataset"),
+        ("i.tar.gz", "image_folder"),
+        ("i.tgz", "image_folder"),
+    ],
 )
 def test_a_path_chooses_its_source(path: str, name: str) -> None:
     assert only(path).name == name
@@ -62,7 +73,10 @@ def test_a_resolved_config_is_the_same_config() -> None:
     again = parse(DataConfig, first.dump())
     assert again == first
     assert again.dump()["sources"][1] == {
-        "name": "text", "path": "x.txt", "separator": None, "weight": 3.0,
+        "name": "text",
+        "path": "x.txt",
+        "separator": None,
+        "weight": 3.0,
     }
 
 
@@ -76,8 +90,10 @@ def test_a_resolved_config_is_the_same_config() -> None:
         ({"sources": [{"name": "python_stdlib", "weight": 0}]}, "weight is a number above 0"),
         ({"sources": [{"name": "python_stdlib", "weight": "x"}]}, "weight is a number above 0"),
         ({"sources": [{"name": "text"}]}, r"sources\.0\.path: this key is required"),
-        ({"sources": [{"name": "jsonl", "path": "x", "feild": "y"}]},
-         r"sources\.0\.feild: unknown key 'feild'; did you mean 'field'"),
+        (
+            {"sources": [{"name": "jsonl", "path": "x", "feild": "y"}]},
+            r"sources\.0\.feild: unknown key 'feild'; did you mean 'field'",
+        ),
         ({"tokenizer": "byte"}, "tokenizer: unknown tokenizer 'byte'; did you mean 'bytes'"),
         ({"tokenizer": {"name": "sentencepiece", "vocab": 2}}, r"tokenizer\.vocab: "),
         ({"sequence": 0}, "sequence: "),

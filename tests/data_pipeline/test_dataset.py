@@ -60,7 +60,11 @@ def test_rows_come_in_the_order_asked_for() -> None:
 def test_concatenation_reads_each_in_turn() -> None:
     both = Concatenation([Tagged(0, 2), Tagged(1, 3)])
     assert [(int(s["tag"]), int(s["item"])) for s in (both[i] for i in range(len(both)))] == [
-        (0, 0), (0, 1), (1, 0), (1, 1), (1, 2),
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (1, 2),
     ]
 
 

@@ -29,6 +29,7 @@ def test_vision(pictures: Path, cache: Path) -> None:
     assert lines[0].startswith("images: 3 channels, 6 × 6 pixels; mean 0.")
     assert lines[1] == "samples: 18 to train on, 6 held out"
     assert lines[2:4] == [
-        "  class cat: 9 to train on, 3 held out", "  class dog: 9 to train on, 3 held out",
+        "  class cat: 9 to train on, 3 held out",
+        "  class dog: 9 to train on, 3 held out",
     ]
     assert [len(line) for line in lines[5:]] == [2 + 12] * 6

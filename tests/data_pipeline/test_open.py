@@ -23,8 +23,11 @@ def language(cache: Path, seed: int = 0, **values: Any) -> Data:
         ("language", {"sources": "sklearn_digits"}, "sklearn_digits has no text; .*python_stdlib"),
         ("vision", {"sources": "python_stdlib"}, "has no images; .*sklearn_digits"),
         ("vision", {"sources": "sklearn_digits", "validation": {"by": "tail"}}, "tail is for text"),
-        ("vision", {"sources": "sklearn_digits", "mean": [0.1] * 3, "std": [1.0] * 3},
-         "data.mean has 3 numbers, but the images have 1 channels"),
+        (
+            "vision",
+            {"sources": "sklearn_digits", "mean": [0.1] * 3, "std": [1.0] * 3},
+            "data.mean has 3 numbers, but the images have 1 channels",
+        ),
         ("sound", {}, "no kind 'sound'; valid: language, vision"),
     ],
 )

@@ -41,7 +41,12 @@ def test_held_out_images_are_never_trained_on(pictures: Path, cache: Path) -> No
 
 def test_images_resized_with_given_normalisation(pictures: Path, cache: Path) -> None:
     data = vision(
-        cache, sources=str(pictures), image_size=4, channels=1, mean=[0.5], std=[0.25],
+        cache,
+        sources=str(pictures),
+        image_size=4,
+        channels=1,
+        mean=[0.5],
+        std=[0.25],
     )
     assert data.image_shape == (1, 4, 4)
     assert data.facts["mean"] == [0.5]

@@ -41,7 +41,8 @@ def test_braces_globs_and_lists_name_shards(tmp_path: Path) -> None:
     for path in (str(tmp_path / "s-{0..2}.tar"), str(tmp_path / "*.tar")):
         assert texts(WebDataset(path=path)) == ["0", "1", "2"]
     assert texts(WebDataset(path=[str(tmp_path / "s-2.tar"), str(tmp_path / "s-0.tar")])) == [
-        "2", "0",
+        "2",
+        "0",
     ]
 
 
