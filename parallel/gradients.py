@@ -44,7 +44,8 @@ def squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = torch._foreach_norm(gradients, 2.0, dtype=wide)
     return torch.stack(norms).double().square().sum()
 
 
