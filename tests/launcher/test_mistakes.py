@@ -236,6 +236,6 @@ def test_a_mistake_found_by_a_worker_is_one_line_too(tiny, tmp_path):
 
 
 def test_a_corrected_command_is_not_met_by_its_own_folder(tiny, capsys):
-    mistake(capsys, "train", tiny, "train.schedule.warmup=100")
+    mistake(capsys, "train", tiny, "train.objective=masked_lm", "train.objective.mask_id=1000")
     assert call(["train", str(tiny)]) == 0
     assert Path(yaml.safe_load(tiny.read_text())["run"]["dir"], "summary.json").exists()

@@ -34,12 +34,15 @@ def test_the_bar_shows_loss_speed_and_time_left(monkeypatch):
     assert re.search(r"4/4 .*held-out \d\.\d{4}  \d\.\d{4} bits/byte", text)
 
 
-def test_plain_lines_where_there_is_no_terminal(caplog):
-    logger = logging.getLogger("manyforms")
-    logger.propagate = True
-    with caplog.at_level(logging.INFO, logger="manyforms"):
-        swap_progress(make_trainer(steps=4), Progress(io.StringIO())).run()
-    lines = [m for m in caplog.messages if m.startswith("step ")]
+def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+    # A handler of its own: a command run by an earlier test may have configured the logger.
+    logger, messages = logging.getLogger("manyforms"), []
+    keep = logging.Handler()
+    keep.emit = lambda record: messages.append(record.getMessage())
+    monkeypatch.setattr(logger, "handlers", [keep])
+    logger.setLevel(logging.INFO)
+    swap_progress(make_trainer(steps=4), Progress(io.StringIO())).run()
+    lines = [m for m in messages if m.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/4", "4/4"]
     assert "held-out" in lines[-1]
 
