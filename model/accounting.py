@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from model.block import Block
-from model.leaves import Leaf, VocabHead, leaves, roles
+from model.leaves import Leaf, VocabHead, leaves
 from model.mixers.base import Mixer
 from model.operations import LOCAL
 from model.output import Batch
+from model.roles import roles
 
 PARTS = ("embedding", "mixer", "dense", "moe", "head", "other")
 """Where a parameter or an operation is: `dense` is a feed-forward without experts, `moe` one with

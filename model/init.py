@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.hashing import stable_hash
 from core.registry import build, register
-from model.leaves import Role, roles
+from model.roles import Role, roles
 
 
 class Scheme:

@@ -9,48 +9,19 @@ Axes: B batch, T tokens, D width, V vocabulary, E experts, C channels, N = any l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.init import default_fill
 from model.operations import LOCAL, Operations
+from model.roles import Fill, Kind, Role
 
-Kind = Literal[
-    "column", "row", "embedding", "head", "norm", "per_head", "expert", "convolution", "replicated"
-]
-Fill = Literal["linear", "residual", "embedding", "zeros", "ones"]
 IGNORE = -100
 """The target that no loss counts."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """What a parameter is, for sharding, initialisation, optimizers and accounting.
-
-    kind: the leaf's kind, by which parameters are counted.
-    split: the axis divided over tensor parallelism, or None if every rank holds it whole.
-    expert: the axis divided over expert parallelism.
-    fill: the initialisation family, a constant, or a function of (shape, generator).
-    fan_in, fan_out: of the whole matrix, never of a shard.
-    decay: whether weight decay applies.
-    matrix: a hidden weight matrix, for optimizers that orthogonalise; the last two axes are it.
-    outside: used after the sublayer's output has left the region (a row-split linear's bias).
-    gain: multiplies the first values that the init scheme draws for a matrix.
-    """
-
-    kind: Kind
-    split: int | None = None
-    expert: int | None = None
-    fill: Fill | float | Callable[[torch.Size, torch.Generator], Tensor] = "linear"
-    fan_in: int = 1
-    fan_out: int = 1
-    decay: bool = True
-    matrix: bool = False
-    outside: bool = False
-    gain: float = 1.0
 
 
 class Leaf(nn.Module):
@@ -71,8 +42,6 @@ class Leaf(nn.Module):
         self.register_parameter(name, parameter)
         self.roles[name] = role
         if not parameter.is_meta:
-            from model.init import default_fill
-
             with torch.no_grad():
                 parameter.copy_(default_fill(parameter.shape, role, torch.default_generator))
 
@@ -103,22 +72,6 @@ def leaves(module: nn.Module) -> Iterator[tuple[str, Leaf]]:
     for name, child in module.named_modules():
         if isinstance(child, Leaf):
             yield name, child
-
-
-def roles(module: nn.Module) -> dict[str, Role]:
-    """The role of every parameter below a module, by logical name.
-
-    Raises:
-        TypeError: if a parameter has no role.
-    """
-    found: dict[str, Role] = {}
-    for prefix, leaf in leaves(module):
-        for name, role in leaf.roles.items():
-            found[f"{prefix}.{name}" if prefix else name] = role
-    for name, _ in module.named_parameters():
-        if name not in found:
-            raise TypeError(f"parameter '{name}' has no role: put it in a leaf (model/leaves.py)")
-    return {name: found[name] for name, _ in module.named_parameters()}
 
 
 class ColumnLinear(Leaf):

@@ -23,7 +23,7 @@ from torch import Tensor
 from model.precision import at_least_float32
 
 if TYPE_CHECKING:
-    from model.leaves import Role
+    from model.roles import Role
 
 
 class Operations:

@@ -10,7 +10,7 @@ from torch import nn
 from core.config import Config
 from core.errors import UserError
 from core.registry import Entry, PartConfig, entries
-from model.leaves import roles
+from model.roles import roles
 from parallel.layout import Layout
 
 

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from core.errors import UserError, hint
 from core.hashing import stable_hash
 from core.registry import register
-from model.leaves import roles
 from model.operations import Operations
 from model.output import Batch
+from model.roles import roles
 from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.engine import LossFunction, Precision, Recompute, Sums

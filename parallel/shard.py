@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from core.registry import build
 from model.init import Scheme, first_value
-from model.leaves import Role, leaves, roles
+from model.leaves import leaves
+from model.roles import Role, roles
 from parallel.gradients import local
 from parallel.layout import Layout
 from parallel.recompute import blocks

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from core.errors import UserError
-from model.leaves import Role, leaves
+from model.leaves import leaves
 from model.operations import Operations
+from model.roles import Role
 from parallel.collectives import (
     Copy,
     GatherPart,

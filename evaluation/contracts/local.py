@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.contracts.probe import Probe, total_loss
-from model.leaves import roles
 from model.output import Batch, ModelOutput
+from model.roles import roles
 
 
 def _gradients(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.registry import register
 from model.feedforwards.hidden import HiddenLayerNorm
-from model.leaves import Leaf, Role
+from model.leaves import Leaf
 from model.precision import at_least_float32
+from model.roles import Role
 from model.stream import Stream
 
 

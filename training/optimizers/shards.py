@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
-from model.leaves import Role, roles
+from model.roles import Role, roles
 
 
 @dataclass(eq=False)

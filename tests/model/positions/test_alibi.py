@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from model.leaves import roles
 from model.mixers.attention import Attention
 from model.positions.alibi import ALiBi, slopes
+from model.roles import roles
 from model.stream import Stream
 from tests.model.reference import agree
 

@@ -4,7 +4,7 @@ import torch
 
 from core.registry import build
 from model.init import initialise
-from model.leaves import roles
+from model.roles import roles
 from tests.training.helpers import LANGUAGE, language_data
 from training.optimizers.adamw import AdamW
 

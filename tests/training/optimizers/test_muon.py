@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.registry import build
-from model.leaves import ExpertBank, NormVector, roles
+from model.leaves import ExpertBank, NormVector
+from model.roles import roles
 from tests.training.optimizers.test_adamw import backward, tiny
 from training.optimizers.adamw import AdamW
 from training.optimizers.muon import Muon, orthogonalise
