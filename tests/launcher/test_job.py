@@ -243,3 +243,20 @@ def test_workers_of_torchrun_are_joined(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("A sample:") == 1
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_during_start_up_is_one_line_and_leaves_nothing(tiny, tmp_path):
+    """Sent to every process there is by then, as a terminal does."""
+    command = [sys.executable, "-m", "launcher.cli", "train", str(tiny), "--nproc", "2"]
+    started = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        time.sleep(1)
+        os.killpg(started.pid, signal.SIGINT)
+        _, said = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert (started.returncode, said.count("\n")) == (130, 1), said
+    assert said.startswith("manyforms: interrupted")
+    assert not (tmp_path / "run").exists()
