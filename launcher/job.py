@@ -29,7 +29,7 @@ from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.launch import launch_local
-from parallel.layout import Layout
+from parallel.layout import AXES, Layout
 from parallel.start import join, place
 from training import RunFailure
 from training.trainer import Trainer
@@ -73,7 +73,7 @@ def plan(config: RunConfig, source: Source, nproc: int | None) -> Job:
 
 def processes(config: ParallelConfig) -> int:
     """How many workers to start when nobody says: what the layout needs, or one for each GPU."""
-    sizes = (config.replicate, config.fsdp, config.tp)
+    sizes = [getattr(config, axis) for axis in AXES]
     needed = 1
     for size in sizes:
         needed *= max(size, 1)

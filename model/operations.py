@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.context import LOCAL_CONTEXT, Context
+from model.dispatch import LOCAL_DISPATCH, Dispatch
 from model.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ class Operations:
     """This rank's index on the tensor axis."""
     sequence_parallel: bool = False
     """Whether the stream holds only this rank's share of the tokens."""
+    dispatch: Dispatch = LOCAL_DISPATCH
+    """How tokens reach their experts."""
+    context: Context = LOCAL_CONTEXT
+    """How the tokens of a sample are divided between ranks, inside the region too."""
 
     def weight(self, parameter: Tensor, role: Role, inside: bool) -> Tensor:
         """A parameter as this rank computes with it: its own part, gradients summed if alike."""

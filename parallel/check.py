@@ -32,7 +32,10 @@ def check_model(
     asked = {
         "tp": layout.tp > 1,
         "sp": layout.sequence_parallel,
-        "fsdp": layout.fsdp > 1,
+        "fsdp": layout.shard > 1,
+        "pp": layout.pp > 1,
+        "ep": layout.ep > 1,
+        "cp": layout.cp > 1,
         "recompute": recompute != "none",
         "compile": compile,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from core.config import Config
 from core.registry import Slot
@@ -31,20 +31,30 @@ class ParallelConfig(Config):
     sequence_parallel: bool = False
     """Between sublayers each process of the tensor axis holds its share of the tokens."""
 
-    pp: int = 1
-    """Pipeline stages; this version has 1."""
+    pp: Annotated[int, Field(ge=1)] = 1
+    """Pipeline stages: processes that hold consecutive blocks and pass the stream on."""
 
-    ep: int = 1
-    """Expert parallelism; this version has 1."""
+    ep: Annotated[int, Field(ge=1)] = 1
+    """Processes that split the batch and the experts; tokens travel to their experts and back."""
 
-    cp: int = 1
-    """Context parallelism; this version has 1."""
+    cp: Annotated[int, Field(ge=1)] = 1
+    """Processes that split the tokens of a sample, inside sublayers too (context parallelism)."""
 
-    schedule: str = "1f1b"
-    """The pipeline's schedule; of use with `pp` only, which this version has not."""
+    cp_method: Literal["ring", "heads", "gather"] = "ring"
+    """How attention sees the whole context: `ring` passes keys and values round (2310.01889),
+    `heads` trades tokens for heads and back (Ulysses, 2309.14509), `gather` collects keys and
+    values (2407.21783). Mixers that can do none of these gather their input."""
 
-    zero_stage: int = 2
-    """DeepSpeed's ZeRO stage; of use with that engine only, which this version has not."""
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"
+    ] = "1f1b"
+    """The pipeline's schedule; of use with `pp` only."""
+
+    virtual_stages: Annotated[int, Field(ge=2)] = 2
+    """Stages that each process of the pipeline holds, under the interleaved schedules."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed's ZeRO stage; of use with that engine only."""
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """What carries the messages; auto: nccl between GPUs, gloo between CPUs."""
@@ -60,33 +70,18 @@ class ParallelConfig(Config):
     """FSDP: reduce gradients after every micro-batch, not once a step: more communication, but
     whole gradients are never held."""
 
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _engine(cls, value: Any) -> Any:
-        name = value.get("name") if isinstance(value, dict) else value
-        if name in ("deepspeed", "megatron"):
-            raise ValueError(f"the engine '{name}' is not in this version; use native")
-        return value
-
     @model_validator(mode="after")
-    def _later(self) -> ParallelConfig:
-        for axis in ("pp", "ep", "cp"):
-            size = getattr(self, axis)
-            if size != 1:
-                raise ValueError(f"{axis}: {size}: this version has no such axis; leave it at 1")
-        if self.schedule != "1f1b":
-            raise ValueError(
-                f"schedule: '{self.schedule}': this version has no pipeline; leave it out"
-            )
-        if self.zero_stage != 2:
-            raise ValueError(
-                f"zero_stage: {self.zero_stage}: this version has no deepspeed engine; leave it out"
-            )
+    def _possible(self) -> ParallelConfig:
         for axis in ("replicate", "fsdp"):
             if getattr(self, axis) == 0:
                 raise ValueError(f"{axis}: 0: give a number of processes, or -1 for what is left")
         if self.replicate == -1 and self.fsdp == -1:
             raise ValueError("replicate and fsdp cannot both be -1: give one of them")
+        engine = self.engine if isinstance(self.engine, str) else self.engine.name
+        if self.zero_stage != 2 and engine != "deepspeed":
+            raise ValueError("zero_stage is DeepSpeed's; it needs engine: deepspeed")
+        if self.schedule != "1f1b" and self.pp == 1:
+            raise ValueError(f"schedule: '{self.schedule}' is a pipeline's; it needs pp above 1")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError(
                 "sequence_parallel shares out tokens over the tensor axis; it needs tp above 1"

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -30,13 +29,13 @@ from parallel.gradients import local, local_gradients, scale, squares, sum_over
 from parallel.layout import Layout
 from parallel.mesh import mesh_for
 from parallel.recompute import wrap_blocks
-from parallel.shard import fill, local_part, split_data, split_tensor
+from parallel.shard import fill, local_part, split_data, split_model
 from parallel.tensor import DataOperations, TensorOperations, bind, partial_names
 
 
 @register("engine", "native")
 class NativeEngine:
-    """One process, data parallel, FSDP2 and HSDP, tensor and sequence parallel."""
+    """PyTorch's own parts: DDP, FSDP2, HSDP, and every other axis through the leaf operations."""
 
     model: nn.Module
 
@@ -44,24 +43,22 @@ class NativeEngine:
         self.layout, self.device = layout, device
         self.config = config or ParallelConfig()
         self.data_rank, self.data_size = layout.data_rank, layout.data_size
-        self.mesh: DeviceMesh | None = None
-        self._data: dist.ProcessGroup | None = None
-        if layout.world > 1:
-            mesh = mesh_for(layout, device.type)
-            self.mesh, self._data = mesh.axes, mesh.data
+        self.mesh = mesh_for(layout, device.type) if layout.world > 1 else None
+        self._data = self.mesh.data if self.mesh is not None else None
         self._precision: Precision = "fp32"
         self._partial: set[str] = set()
-        self._split: set[str] = set()
+        self._copies: dict[str, int] = {}  # how many ranks of one model hold the same elements
         self._runs: nn.Module | None = None  # the model as it is called in training
 
     @property
     def _sharded(self) -> bool:
         """Whether FSDP2 wraps the model."""
-        return self.layout.fsdp > 1 or (self.layout.replicate > 1 and self.layout.tp > 1)
+        layout = self.layout
+        return layout.shard > 1 or (layout.replicate > 1 and layout.world > layout.replicate)
 
     def _group(self, axis: str) -> dist.ProcessGroup:
         assert self.mesh is not None
-        return self.mesh.get_group(axis)
+        return self.mesh.axes.get_group(axis)
 
     def prepare(
         self,
@@ -80,18 +77,18 @@ class NativeEngine:
         assert not list(model.buffers()), "leaves own all state; buffers would have no first value"
         self.model, self._precision = model, precision
         known = roles(model)
-        self._split = {name for name, role in known.items() if role.split is not None}
-        if self.layout.tp > 1:
-            assert self.mesh is not None
-            split_tensor(model, self.mesh["tp"])
+        tp = self.layout.tp
+        self._copies = {name: 1 if role.split is not None else tp for name, role in known.items()}
+        if self.mesh is not None:
+            split_model(model, self.mesh.axes, self.layout)
+        if tp > 1:
             self._partial = partial_names(model, self.layout.sequence_parallel)
         bind(model, self._operations(lazy=not compile))
         wrap_blocks(model, recompute, compile)
         if self._sharded:
             assert self.mesh is not None
-            hybrid = self.layout.replicate > 1
-            mesh = self.mesh["replicate", "fsdp"] if hybrid else self.mesh["fsdp"]
-            split_data(model, mesh, precision == "bf16", self.config.keep_gathered)
+            mesh, bf16 = self.mesh, precision == "bf16"
+            split_data(model, mesh.shard, mesh.expert_shard, bf16, self.config.keep_gathered)
         model.to_empty(device=self.device)
         fill(model, self.layout, seed)
         self.seed(seed)
@@ -109,7 +106,9 @@ class NativeEngine:
         Under sequence parallelism the ranks of the tensor axis hold different tokens, so they are
         apart as well.
         """
-        place = self.layout.rank if self.layout.sequence_parallel else self.data_rank
+        place = self.data_rank * self.layout.cp + self.layout.coordinates["cp"]
+        if self.layout.sequence_parallel:
+            place = place * self.layout.tp + self.layout.coordinates["tp"]
         torch.manual_seed(stable_hash("rng", seed, place) % 2**63)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -233,22 +232,18 @@ class NativeEngine:
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        split: list[Tensor] = []
-        whole: list[Tensor] = []
+        by_copies: dict[int, list[Tensor]] = {}
         for name, value in local_gradients(self.model.named_parameters()):
-            (split if name in self._split else whole).append(value)
-        if self.layout.tp > 1:
-            # What every rank of the tensor axis holds whole counts once.
-            own = squares(split, self.device)
-            dist.all_reduce(own, group=self._group("tp"))
-            total = own + squares(whole, self.device)
-        else:
-            total = squares(split + whole, self.device)
-        if self.layout.fsdp > 1:
-            dist.all_reduce(total, group=self._group("fsdp"))
+            by_copies.setdefault(self._copies[name], []).append(value)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for copies, held in by_copies.items():
+            total += squares(held, self.device) / copies
+        if self.mesh is not None and self.mesh.model is not None:
+            dist.all_reduce(total, group=self.mesh.model)
         norm = total.sqrt().float()
         if max_norm is not None:
-            scale(split + whole, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            every = [value for held in by_copies.values() for value in held]
+            scale(every, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from core.registry import build
@@ -22,39 +27,93 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def split_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Make every parameter, still on the meta device, a DTensor on the tensor axis."""
+def split_model(model: nn.Module, axes: DeviceMesh, layout: Layout) -> None:
+    """Make the parameters that the tensor and expert axes divide, still on meta, DTensors on them.
+
+    With a tensor axis every parameter is one, whole or divided.
+    """
     for _, leaf in leaves(model):
         for name, role in leaf.roles.items():
-            whole: nn.Parameter = getattr(leaf, name)
-            shape = list(whole.shape)
-            placement: Shard | Replicate = Replicate()
-            if role.split is not None:
-                placement = Shard(role.split)
-                shape[role.split] //= mesh.size()
-            part = torch.empty(shape, dtype=whole.dtype, device="meta")
-            value = DTensor.from_local(
-                part, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
-            )
-            setattr(leaf, name, nn.Parameter(value, requires_grad=whole.requires_grad))
+            divided = _divided(role, layout)
+            if divided:
+                whole: nn.Parameter = getattr(leaf, name)
+                value = _as_dtensor(whole, axes[tuple(divided)], list(divided.values()))
+                setattr(leaf, name, nn.Parameter(value, requires_grad=whole.requires_grad))
 
 
-def split_data(model: nn.Module, mesh: DeviceMesh, bf16: bool, keep_gathered: bool) -> None:
-    """FSDP2 over each block and the rest, on the mesh (replicate, fsdp).
+def _divided(role: Role, layout: Layout) -> dict[str, int | None]:
+    """Axis → the dimension it divides; None: it holds the parameter whole."""
+    divided: dict[str, int | None] = {}
+    if layout.ep > 1 and role.expert is not None:
+        divided["ep"] = role.expert
+    if layout.tp > 1:
+        divided["tp"] = role.split
+    return divided
 
-    In bf16 the blocks' parameters are gathered in bf16; gradients are reduced in fp32. What is
-    outside the blocks stays fp32, so that the stream is fp32 as on one process.
+
+def _as_dtensor(whole: Tensor, mesh: DeviceMesh, dims: list[int | None]) -> DTensor:
+    shape = list(whole.shape)
+    for index, dim in enumerate(dims):
+        if dim is not None:
+            shape[dim] //= mesh.size(index)
+    part = torch.empty(shape, dtype=whole.dtype, device="meta")
+    placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def split_data(
+    model: nn.Module,
+    shard: DeviceMesh,
+    expert_shard: DeviceMesh,
+    bf16: bool,
+    keep_gathered: bool,
+) -> None:
+    """FSDP2 over each block and the rest, on meshes (replicate, shards) or (shards,).
+
+    Experts, which the expert axis divides already, have a mesh of their own. In bf16 the blocks'
+    parameters are gathered in bf16; gradients are reduced in fp32. What is outside the blocks stays
+    fp32, so that the stream is fp32 as on one process.
     """
     block_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    known = roles(model)
+    experts = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if known[name].expert is not None
+    }
+    placed: Any = None
+    if experts and shard is not expert_shard:
+        hybrid = expert_shard.ndim == 2
+        info: FSDPMeshInfo = (
+            HSDPMeshInfo(expert_shard, shard_mesh_dim=1, replicate_mesh_dim=0)
+            if hybrid
+            else FSDPMeshInfo(expert_shard, shard_mesh_dim=0)
+        )
+
+        def placed(parameter: nn.Parameter) -> ShardPlacementResult | None:
+            mine = id(parameter) in experts
+            return ShardPlacementResult(placement=None, mesh_info=info) if mine else None
+
     for block in blocks(model):
         fully_shard(
-            block, mesh=mesh, mp_policy=block_policy, reshard_after_forward=not keep_gathered
+            block,
+            mesh=shard,
+            mp_policy=block_policy,
+            reshard_after_forward=not keep_gathered,
+            shard_placement_fn=placed,
         )
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(
+        model,
+        mesh=shard,
+        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+        shard_placement_fn=placed,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sums, on every backend; the engine divides by the global count.
@@ -65,14 +124,19 @@ def split_data(model: nn.Module, mesh: DeviceMesh, bf16: bool, keep_gathered: bo
 
 
 def local_part(whole: Tensor, role: Role, layout: Layout) -> Tensor:
-    """This rank's part of a parameter: first the tensor axis, then FSDP's rows of axis 0."""
-    if layout.tp > 1 and role.split is not None:
-        size = whole.shape[role.split] // layout.tp
-        whole = whole.narrow(role.split, layout.tp_rank * size, size)
-    if layout.fsdp > 1:
-        rows = whole.chunk(layout.fsdp)
-        at = layout.coordinates["fsdp"]
-        whole = rows[at] if at < len(rows) else whole[:0]
+    """This rank's part of a parameter: first the expert and tensor axes, then FSDP's rows."""
+    at = layout.coordinates
+    for axis, dim in _divided(role, layout).items():
+        if dim is not None:
+            size = whole.shape[dim] // getattr(layout, axis)
+            whole = whole.narrow(dim, at[axis] * size, size)
+    if role.expert is not None and layout.ep > 1:
+        shards, index = layout.expert_shard, layout.expert_shard_rank
+    else:
+        shards, index = layout.shard, layout.shard_rank
+    if shards > 1:
+        rows = whole.chunk(shards)
+        whole = rows[index] if index < len(rows) else whole[:0]
     return whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from evaluation.contracts.parity import compare, filled, start
 from evaluation.contracts.probe import Probe
 from evaluation.contracts.ranks import Ranks
 from model.output import Batch
+from parallel.layout import AXES
 
 TOLERANCE = 1e-5
 """Largest relative difference from one process; `parity` says relative to what.
@@ -32,8 +34,7 @@ class Contract:
 
     @property
     def world(self) -> int:
-        sizes: list[int] = [self.layout.get(axis, 1) for axis in ("replicate", "fsdp", "tp")]
-        return sizes[0] * sizes[1] * sizes[2]
+        return math.prod(self.layout.get(axis, 1) for axis in AXES)
 
 
 CONTRACTS = {

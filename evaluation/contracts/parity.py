@@ -11,6 +11,7 @@ the mathematics of softmax, and what is left of it is rounding).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,8 +169,8 @@ def measure(
     micro_batches: int = 1,
     prepare: dict[str, Any] | None = None,
     stirred: bool = False,
-) -> tuple[int, int, Measured]:
-    """On a rank: its data rank and tensor rank, and what the engine gave."""
+) -> tuple[Layout, Measured]:
+    """On a rank: its place, and what the engine gave."""
     engine = start(layout, config, seed=seed, **(prepare or {}))
     if stirred:
         values = filled(config, seed, True).named_parameters()
@@ -182,8 +183,8 @@ def measure(
         for name, parameter in engine.model.named_parameters()
         if parameter.grad is not None
     }
-    measured = Measured(torch.cat(loss.outputs), gradients, norm)
-    return engine.data_rank, engine.layout.tp_rank, measured
+    output = torch.cat(loss.outputs) if loss.outputs else torch.empty(0)
+    return engine.layout, Measured(output, gradients, norm)
 
 
 def errors(got: Measured, wanted: Measured) -> Errors:
@@ -226,13 +227,32 @@ def compare(
     for name, layout in layouts.items():
         asked = (layout, config, batch, seed, micro_batches, prepare, stirred)
         answers = ranks.run(measure, *asked) if ranks is not None else [measure(*asked)]
-        by_tensor: dict[int, list[tuple[int, Measured]]] = {}
-        for data_rank, tensor_rank, measured in answers:
-            by_tensor.setdefault(tensor_rank, []).append((data_rank, measured))
-        worst: list[Errors] = []
-        for held in by_tensor.values():
-            held.sort(key=lambda pair: pair[0])
-            output = torch.cat([measured.output for _, measured in held])
-            worst += [errors(Measured(output, m.gradients, m.norm), wanted) for _, m in held]
+        worst = [errors(each, wanted) for each in _models(answers)]
         found[name] = max(worst, key=lambda each: each.worst)
     return found
+
+
+def _models(answers: list[tuple[Layout, Measured]]) -> Iterator[Measured]:
+    """What ranks that hold one whole model between them gave, put together.
+
+    Along the data axes they give their samples' outputs, along the pipeline their stages'
+    gradients; along the others everything is alike, and each is looked at.
+    """
+    places: dict[tuple[int, int], list[tuple[Layout, Measured]]] = {}
+    for layout, measured in answers:
+        at = layout.coordinates
+        places.setdefault((at["cp"], at["tp"]), []).append((layout, measured))
+    for held in places.values():
+        held.sort(key=lambda pair: pair[0].data_rank)
+        output = torch.cat([measured.output for _, measured in held])
+        stages: dict[int, list[Measured]] = {}
+        for layout, measured in held:
+            stages.setdefault(layout.data_rank, []).append(measured)
+        for parts in stages.values():
+            gradients: dict[str, Tensor] = {}
+            for part in parts:
+                for name, value in part.gradients.items():
+                    assert name not in gradients or gradients[name].equal(value), name
+                    gradients[name] = value
+            for part in parts:
+                yield Measured(output, gradients, part.norm)
