@@ -69,6 +69,16 @@ class NativeEngine:
         recompute: Recompute = "none",
         compile: bool = False,
     ) -> None:
+        self.place(model, precision=precision, recompute=recompute, compile=compile)
+        model.to_empty(device=self.device)
+        fill(model, self.layout, seed)
+        self.seed(seed)
+        self._runs = model
+
+    def place(
+        self, model: nn.Module, *, precision: Precision, recompute: Recompute, compile: bool
+    ) -> None:
+        """Shard a model on the meta device and bind it; its parameters have no memory yet."""
         check_model(self.layout, model, recompute=recompute, compile=compile)
         if not all(parameter.is_meta for parameter in model.parameters()):
             raise TypeError(
@@ -89,10 +99,6 @@ class NativeEngine:
             assert self.mesh is not None
             mesh, bf16 = self.mesh, precision == "bf16"
             split_data(model, mesh.shard, mesh.expert_shard, bf16, self.config.keep_gathered)
-        model.to_empty(device=self.device)
-        fill(model, self.layout, seed)
-        self.seed(seed)
-        self._runs = model
 
     def _operations(self, lazy: bool) -> Operations:
         if self.layout.tp == 1:
