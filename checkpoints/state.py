@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from checkpoints.manifest import TensorRecord
 from core.errors import UserError, hint
 from core.hashing import stable_hash
+from parallel.fragment import Fragment
 
 State = Mapping[str, Any]
 PROGRESS, RNG = "progress", "rng"
@@ -103,31 +104,37 @@ class Piece:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, name: str, tensor: torch.Tensor, copy: bool) -> Piece | None:
-        """What this rank writes of a tensor, None if others write all of it.
+    def all_of(cls, name: str, tensor: torch.Tensor, copy: bool) -> list[Piece]:
+        """What this rank writes of a tensor, nothing if others write all of it.
 
         Of a DTensor's replicas one writes, chosen by the name, so that replicas share the work and
         none copies what it does not write.
 
         Args:
             name: the logical name.
-            tensor: a tensor, which every rank that has the name has whole, or a DTensor.
+            tensor: a tensor, which every rank that has the name has whole, a DTensor, or a
+                fragment.
             copy: copy to CPU memory, so that later changes of the tensor leave the piece alone.
         """
-        local, offsets = tensor.detach(), (0,) * tensor.dim()
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            coordinate = mesh.get_coordinate()
-            if coordinate is None:
-                return None
-            for axis, placement in enumerate(tensor.placements):
-                assert not placement.is_partial(), f"{name}: a pending sum cannot be saved"
-                writer = stable_hash(name, axis) % mesh.size(axis)
-                if placement.is_replicate() and coordinate[axis] != writer:
-                    return None
-            (chunk,) = tensor.__create_chunk_list__()
-            offsets, local = tuple(chunk.offsets), tensor.to_local().detach()
-        return cls(_copy(local) if copy else local, offsets, tuple(tensor.shape))
+        shape = tuple(tensor.shape)
+        if isinstance(tensor, Fragment):
+            held = [(place, data.detach()) for place, data in tensor.parts]
+        else:
+            local, offsets = tensor.detach(), (0,) * tensor.dim()
+            if isinstance(tensor, DTensor):
+                mesh = tensor.device_mesh
+                coordinate = mesh.get_coordinate()
+                if coordinate is None:
+                    return []
+                for axis, placement in enumerate(tensor.placements):
+                    assert not placement.is_partial(), f"{name}: a pending sum cannot be saved"
+                    writer = stable_hash(name, axis) % mesh.size(axis)
+                    if placement.is_replicate() and coordinate[axis] != writer:
+                        return []
+                (chunk,) = tensor.__create_chunk_list__()
+                offsets, local = tuple(chunk.offsets), tensor.to_local().detach()
+            held = [(offsets, local)]
+        return [cls(_copy(data) if copy else data, place, shape) for place, data in held]
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

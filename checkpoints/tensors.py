@@ -50,12 +50,13 @@ class _Planner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_item(name, piece) for name, piece in self.state_dict.items()])
+        every = ((name, piece) for name, held in self.state_dict.items() for piece in held)
+        self.plan = SavePlan([_item(name, piece) for name, piece in every])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        piece: Piece = self.state_dict[index.fqn]
-        return piece.data
+        held: list[Piece] = self.state_dict[index.fqn]
+        return next(p.data for p in held if torch.Size(p.offsets) == index.offset)
 
 
 def _item(name: str, piece: Piece) -> WriteItem:
@@ -79,7 +80,7 @@ class _Writer(FileSystemWriter):
 
 
 def write(
-    folder: Path, pieces: dict[str, Piece], group: Group, doing: str
+    folder: Path, pieces: dict[str, list[Piece]], group: Group, doing: str
 ) -> dict[str, TensorRecord]:
     """Write every rank's pieces; a collective. Forcing them to the disk is left to the caller.
 

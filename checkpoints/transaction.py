@@ -37,7 +37,7 @@ class Job:
     """What one rank is to write."""
 
     step: int
-    pieces: dict[str, Piece]
+    pieces: dict[str, list[Piece]]
     values: str
     extra: dict[str, Any]
     started: float = field(default_factory=time.monotonic)
@@ -47,10 +47,10 @@ class Job:
         """This rank's share of a state; with `copy`, cut loose from the live tensors."""
         leaves = Leaves.of(state, rank)
         values = {name: slot.value for name, slot in leaves.values.items()}
-        pieces = {name: Piece.of(name, tensor, copy) for name, tensor in leaves.tensors.items()}
+        pieces = {n: Piece.all_of(n, tensor, copy) for n, tensor in leaves.tensors.items()}
         return cls(
             step,
-            {name: piece for name, piece in pieces.items() if piece is not None},
+            {name: held for name, held in pieces.items() if held},
             json.dumps({PROGRESS: dict(state.get(PROGRESS, {})), "values": values}),
             json.loads(json.dumps(extra)),
         )

@@ -114,8 +114,8 @@ def replicas_share_the_work(rank: int, folder: Path) -> None:
     value = {
         f"w{i}": distribute_tensor(torch.ones(999), mesh((4,)), [Replicate()]) for i in range(40)
     }
-    mine = [Piece.of(name, tensor, copy=True) for name, tensor in value.items()]
-    writers = torch.tensor([piece is not None for piece in mine], dtype=torch.int64)
+    mine = [Piece.all_of(name, tensor, copy=True) for name, tensor in value.items()]
+    writers = torch.tensor([len(pieces) for pieces in mine], dtype=torch.int64)
     dist.all_reduce(writers)
     assert writers.tolist() == [1] * 40, "one rank copies each tensor"
     store.save(1, {"model": value}, asynchronous=True)

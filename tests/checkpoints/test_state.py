@@ -7,6 +7,7 @@ import torch
 
 from checkpoints.state import Leaves, Piece, check_wanted
 from core.errors import UserError
+from parallel.fragment import Fragment
 
 
 def test_names() -> None:
@@ -32,10 +33,23 @@ def test_values_are_set_where_they_were() -> None:
 
 def test_a_piece_shares_memory_unless_copied() -> None:
     weight = torch.zeros(3)
-    shared, copied = Piece.of("w", weight, copy=False), Piece.of("w", weight, copy=True)
+    (shared,), (copied,) = (Piece.all_of("w", weight, copy=copy) for copy in (False, True))
     weight.fill_(1)
-    assert shared is not None and shared.data.tolist() == [1, 1, 1]
-    assert copied is not None and copied.data.tolist() == [0, 0, 0]
+    assert shared.data.tolist() == [1, 1, 1]
+    assert copied.data.tolist() == [0, 0, 0]
+
+
+def test_a_fragment_is_a_piece_for_each_of_its_boxes() -> None:
+    flat = torch.arange(5.0)
+    fragment = Fragment.of(flat, 2, shape=(3, 3), part=(3, 3), at=(0, 0))
+    pieces = Piece.all_of("w", fragment, copy=False)
+    assert [(piece.offsets, piece.data.tolist()) for piece in pieces] == [
+        ((0, 2), [[0.0]]),
+        ((1, 0), [[1.0, 2.0, 3.0]]),
+        ((2, 0), [[4.0]]),
+    ]
+    assert all(piece.shape == (3, 3) for piece in pieces)
+    assert Leaves.of({"model": {"w": fragment}}, 0).tensors["model/w"] is fragment
 
 
 def test_the_nearest_name_is_of_the_same_section() -> None:
