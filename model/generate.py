@@ -76,7 +76,9 @@ def logits_at_last(model: nn.Module, batch: Batch, cache: Cache | None = None) -
 
 def can_cache(model: nn.Module) -> bool:
     """Whether the model decodes from a cache: all its mixers do, and no tokens are divided."""
-    if not isinstance(model, LanguageModel) or model.axis.ops.sequence_parallel:
+    if not isinstance(model, LanguageModel):
+        return False
+    if model.axis.ops.sequence_parallel or model.axis.ops.context.size > 1:
         return False
     for block in model.stack.blocks:
         assert isinstance(block, Block)

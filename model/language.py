@@ -72,6 +72,9 @@ class LanguageModel(nn.Module):
     `source_documents` BS.
     """
 
+    divides_tokens = True
+    """Whether it runs where ranks of a context axis hold different tokens of a sample."""
+
     def __init__(self, config: LanguageConfig):
         super().__init__()
         if config.vocab == "from_tokenizer" or config.max_length == "from_data":
@@ -145,25 +148,29 @@ class LanguageModel(nn.Module):
             raise UserError("an encoder_decoder's batch needs 'source' tokens")
         documents = batch.get("source_documents") if self.config.mask_documents else None
         encoded: Stream = self.encoder(self._open(batch["source"], documents, None))
-        encoded.hidden = self.axis.ops.enter(encoded.hidden)
+        ops = self.axis.ops
+        encoded.hidden = ops.context.whole(ops.enter(encoded.hidden))
         return encoded
 
     def _open(self, ids: Tensor, documents: Tensor | None, positions: Tensor | None) -> Stream:
-        x_BTD = self.embedding(ids)
+        ops = self.axis.ops
+        x_BTD = self.embedding(ops.context.own(ids))
         if self.position is not None:
             # The table is looked up for the whole sequence and cut to the stream's share of tokens.
             zeros = torch.zeros(*ids.shape, x_BTD.shape[-1], dtype=x_BTD.dtype, device=ids.device)
-            x_BTD = x_BTD + self.axis.ops.shard_sequence(self.position.embed(zeros, positions))
+            whole_BTD = self.position.embed(zeros, positions)
+            x_BTD = x_BTD + ops.shard_sequence(ops.context.own(whole_BTD))
         return Stream(self.dropout(x_BTD), positions=positions, documents=documents)
 
     def finish(self, stream: Stream, batch: Batch) -> ModelOutput:
         """Losses where the batch has targets, logits where it has none."""
-        softcap = self.config.logit_softcap
+        softcap, context = self.config.logit_softcap, self.axis.ops.context
         losses = logits = None
         if "targets" in batch:
-            losses = self.head.loss(stream.hidden, batch["targets"], softcap)
+            own_BT = self.head.loss(stream.hidden, context.own(batch["targets"]), softcap)
+            losses = context.alike(own_BT)
         else:
-            logits = self.head(stream.hidden)
+            logits = context.alike(self.head(stream.hidden))
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
         return ModelOutput(losses, logits, stream.losses, stream.metrics, stream)

@@ -40,7 +40,8 @@ class Operations:
     dispatch: Dispatch = LOCAL_DISPATCH
     """How tokens reach their experts."""
     context: Context = LOCAL_CONTEXT
-    """How the tokens of a sample are divided between ranks, inside the region too."""
+    """How the tokens of a sample are divided between ranks, inside the region too, unless the
+    branch gathers them."""
 
     def weight(self, parameter: Tensor, role: Role, inside: bool) -> Tensor:
         """A parameter as this rank computes with it: its own part, gradients summed if alike."""

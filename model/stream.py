@@ -30,13 +30,14 @@ _TENSORS = (
 
 @dataclass
 class Stream:
-    """hidden: BTD, under sequence parallelism this rank's tokens; everything else is whole.
+    """hidden: BTD, under sequence and context parallelism this rank's tokens.
 
     positions: BT int64 within each document, or None for 0…T−1.
     documents: BT int64 ids; tokens of different ids do not see each other; or None.
     memory, memory_documents: BSD and BS, an encoder's output for cross-attention.
     pending: BTD not yet added to `hidden` (the ladder residual's reduction in flight).
-    carried: what mechanisms carry from block to block, by name; first axis B.
+    carried: what mechanisms carry from block to block, by name; first axis B. Of tokens, it holds
+        those that `hidden` does, or those that its branch was given.
     losses: auxiliary losses of shape B, already weighted, by name.
     metrics: detached values to log, by name.
     grid: rows and columns of an image's tokens.

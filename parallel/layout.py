@@ -32,6 +32,7 @@ class Layout:
     ep: int = 1
     cp: int = 1
     sequence_parallel: bool = False
+    cp_method: str = "ring"
     rank: int = 0
 
     @property
@@ -132,7 +133,12 @@ class Layout:
                 f"parallel: {named} needs {fixed} processes, but there are {world}; "
                 f"start {fixed}, or set {nearest}"
             )
-        return cls(**sizes, sequence_parallel=config.sequence_parallel, rank=rank)
+        return cls(
+            **sizes,
+            sequence_parallel=config.sequence_parallel,
+            cp_method=config.cp_method,
+            rank=rank,
+        )
 
 
 _SHOWN = ("replicate", "fsdp", "tp", "pp", "ep", "cp")

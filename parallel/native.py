@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from core.errors import UserError, hint
 from core.hashing import stable_hash
 from core.registry import register
-from model.operations import Operations
 from model.output import Batch
 from model.roles import roles
 from parallel.check import check_model
 from parallel.config import ParallelConfig
+from parallel.context import RankContext
+from parallel.crossing import bind_context
 from parallel.engine import LossFunction, Precision, Recompute, Sums
 from parallel.gradients import local, local_gradients, scale, squares, sum_over
 from parallel.layout import Layout
@@ -93,14 +94,19 @@ class NativeEngine:
             split_model(model, self.mesh.axes, self.layout)
         if tp > 1:
             self._partial = partial_names(model, self.layout.sequence_parallel)
-        bind(model, self._operations(lazy=not compile))
+        operations = self._operations(lazy=not compile)
+        bind(model, operations)
+        if self.layout.cp > 1:
+            shares = tp if self.layout.sequence_parallel else 1
+            context = RankContext(self._group("cp"), self.layout.cp_method, shares)
+            bind_context(model, operations, context)
         wrap_blocks(model, recompute, compile)
         if self._sharded:
             assert self.mesh is not None
             mesh, bf16 = self.mesh, precision == "bf16"
             split_data(model, mesh.shard, mesh.expert_shard, bf16, self.config.keep_gathered)
 
-    def _operations(self, lazy: bool) -> Operations:
+    def _operations(self, lazy: bool) -> DataOperations:
         if self.layout.tp == 1:
             return DataOperations(self._data)
         sequence_parallel = self.layout.sequence_parallel

@@ -33,20 +33,44 @@ from parallel.collectives import (
     broadcast,
     part,
 )
+from parallel.crossing import Crossing
 
 TOKENS = 1
 """The token axis of every tensor of the stream."""
 
 
 class DataOperations(Operations):
-    """Several ranks along the data axes; `group` joins them."""
+    """Several ranks along the data axes; `group` joins them.
+
+    `crossing`: what is done for a context axis; `parallel/crossing.py` binds one for each place.
+    """
+
+    crossing: Crossing = Crossing()
 
     def __init__(self, group: Group | None):
         self.data = group
 
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        return self.crossing.enter(x_BTD)
+
+    def leave(self, y_BTD: Tensor) -> Tensor:
+        return self.crossing.leave(y_BTD)
+
+    def leave_alike(self, y_BTD: Tensor) -> Tensor:
+        return self.crossing.leave(y_BTD)
+
+    def once(self, value: Tensor) -> Tensor:
+        return self.crossing.once(value)
+
+    def sequence_sum(self, x: Tensor) -> Tensor:
+        return self.crossing.sum(x)
+
     def data_mean(self, x: Tensor) -> Tensor:
-        x = x.detach()
+        x = self.crossing.mean(x.detach())
         return x if self.data is None else all_reduce(x, self.data) / self.data.size()
+
+    def alike_random(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return self.crossing.random(super().alike_random(shape, device))
 
 
 class TensorOperations(DataOperations):
@@ -68,22 +92,26 @@ class TensorOperations(DataOperations):
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         if self.sequence_parallel:
-            return apply(GatherScatter, x_BTD, TOKENS, self.group)
-        return apply(Copy, x_BTD, self.group)
+            x_BTD = apply(GatherScatter, x_BTD, TOKENS, self.group)
+        else:
+            x_BTD = apply(Copy, x_BTD, self.group)
+        return super().enter(x_BTD)
 
     def leave(self, y_BTD: Tensor) -> Tensor:
+        y_BTD = super().leave(y_BTD)
         if self.sequence_parallel:
             self._divides(y_BTD)
             return apply(ScatterGather, y_BTD, TOKENS, self.group, self.lazy)
         return apply(Reduce, y_BTD, self.group, self.lazy)
 
     def leave_alike(self, y_BTD: Tensor) -> Tensor:
+        y_BTD = super().leave_alike(y_BTD)
         if self.sequence_parallel:
             return self.shard_sequence(y_BTD)
-        return self.once(y_BTD)
+        return apply(Share, y_BTD, self.size)
 
     def once(self, value: Tensor) -> Tensor:
-        return apply(Share, value, self.size)
+        return apply(Share, super().once(value), self.size)
 
     def shard_sequence(self, x_BT: Tensor) -> Tensor:
         if not self.sequence_parallel:
@@ -113,7 +141,9 @@ class TensorOperations(DataOperations):
         return part(x, dim, self.group)
 
     def sequence_sum(self, x: Tensor) -> Tensor:
-        return apply(ReduceBoth, x, self.group) if self.sequence_parallel else x
+        if self.sequence_parallel:
+            x = apply(ReduceBoth, x, self.group)
+        return super().sequence_sum(x)
 
     def embed(self, ids_BT: Tensor, weight_VD: Tensor) -> Tensor:
         rows = weight_VD.shape[0]
@@ -129,10 +159,10 @@ class TensorOperations(DataOperations):
         return apply(GatherPart, logits, -1, self.group)
 
     def alike_random(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        value = torch.rand(shape, device=device)
+        # Drawn from the default generator, whose state recomputation restores.
+        value = super().alike_random(shape, device)
         if not self.sequence_parallel:
             return value  # the ranks' generators are in the same state
-        # Drawn from the default generator, whose state recomputation restores.
         return broadcast(value, self.group)
 
 

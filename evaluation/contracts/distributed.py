@@ -43,10 +43,16 @@ CONTRACTS = {
     "sp": Contract({"tp": 2, "sequence_parallel": True}, ("tp", "sp")),
     "fsdp": Contract({"fsdp": 2}, ("fsdp",)),
     "replicate": Contract({"replicate": 2, "fsdp": 1}, ("replicate",)),
+    "cp": Contract({"cp": 2}, ("language", "cp")),
     "tp_fsdp": Contract({"tp": 2, "fsdp": 2}, ("tp", "fsdp")),
     "sp_replicate": Contract(
         {"tp": 2, "sequence_parallel": True, "replicate": 2, "fsdp": 1}, ("tp", "sp", "replicate")
     ),
+    "cp_tp": Contract({"cp": 2, "tp": 2}, ("language", "cp", "tp")),
+    "cp_sp": Contract(
+        {"cp": 2, "tp": 2, "sequence_parallel": True}, ("language", "cp", "tp", "sp")
+    ),
+    "cp_fsdp": Contract({"cp": 2, "fsdp": 2}, ("language", "cp", "fsdp")),
 }
 """Contracts of 1, 2 and 4 processes, by name; those of 4 belong to the slow tests."""
 

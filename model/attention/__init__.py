@@ -13,13 +13,13 @@ from torch import Tensor
 from model.attention.flash import with_flash
 from model.attention.flex import with_flex
 from model.attention.plain import reference, sdpa
-from model.attention.scores import Scores
+from model.attention.scores import Bias, Scores
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "flash"]
 
 _BACKENDS = {"reference": reference, "sdpa": sdpa, "flex": with_flex, "flash": with_flash}
 
-__all__ = ["Backend", "Scores", "attend"]
+__all__ = ["Backend", "Bias", "Scores", "attend"]
 
 
 def attend(
@@ -34,4 +34,4 @@ def attend(
     """
     if backend == "auto":
         backend = "reference" if scores.softcap is not None else "sdpa"
-    return _BACKENDS[backend](q_BHTK, k_BGSK, v_BGSK, scores)
+    return _BACKENDS[backend](q_BHTK, k_BGSK, v_BGSK, scores.made())

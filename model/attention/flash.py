@@ -60,6 +60,11 @@ def _check(q_BHTK: Tensor, scores: Scores) -> None:
             "attention backend 'flash' adds no bias to the scores, which this position needs; use "
             "backend: flex or sdpa"
         )
+    if scores.first is not None:
+        raise UserError(
+            "attention backend 'flash' lets the keys end where the queries end, which these do "
+            "not; use backend: flex or sdpa"
+        )
     if scores.key_documents is not None:
         raise UserError(
             "attention backend 'flash' has no mask between two packings; use backend: flex or sdpa"

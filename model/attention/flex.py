@@ -82,18 +82,19 @@ def _block_mask(scores: Scores, queries: int, keys: int, like: Tensor) -> BlockM
     packed = (scores.documents is not None, scores.key_documents is not None)
     if not scores.causal and scores.window is None and not packed[0]:
         return None
-    name = f"blocks:{queries}:{keys}:{scores.causal}:{scores.window}:{packed}"
+    name = f"blocks:{queries}:{keys}:{scores.causal}:{scores.first}:{scores.window}:{packed}"
     if name not in scores.scratch:
+        first = keys - queries if scores.first is None else scores.first
         batch = scores.documents.shape[0] if scores.documents is not None else None
         scores.scratch[name] = create_block_mask(
-            _mask_mod(scores, keys - queries), batch, None, queries, keys, device=like.device
+            _mask_mod(scores, first), batch, None, queries, keys, device=like.device
         )
     held: BlockMask = scores.scratch[name]
     return held
 
 
 def _mask_mod(scores: Scores, offset: int) -> Callable[..., Tensor]:
-    """Whether query t of sample b sees key s; keys end where the queries end."""
+    """Whether query t of sample b sees key s; the first query is key `offset`."""
     causal, window, queries_BT = scores.causal, scores.window, scores.documents
     keys_BS = queries_BT if scores.key_documents is None else scores.key_documents
 

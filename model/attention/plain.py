@@ -42,8 +42,9 @@ def sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scores: Scores) -> Tens
         raise UserError("attention backend 'sdpa' has no softcap; use backend: reference or flex")
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    causal = scores.causal and queries > 1  # the newest token alone sees every key
-    simple = scores.plain and (not causal or queries == keys)
+    # The newest token alone sees every key.
+    causal = scores.causal and (queries > 1 or scores.first is not None)
+    simple = scores.plain and (not causal or (queries == keys and not scores.first))
     mask = None if simple else scores.mask(queries, keys, q_BHTK.device)
     if scores.bias is not None:
         bias = scores.bias.to(q_BHTK.dtype)

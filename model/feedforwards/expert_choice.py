@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from core.registry import Slot, register
+from model.context import Need
 from model.experts import Experts
 from model.feedforwards.mlp import hidden_width
 from model.leaves import Axis
@@ -51,6 +52,7 @@ class ExpertChoice(nn.Module):
         activation: the experts' nonlinearity; the block's `activation` where that is set, or gelu.
     """
 
+    context: Need = "gather"  # an expert chooses among all tokens
     probe = {"experts": 4, "ratio": 2.0}
 
     def __init__(

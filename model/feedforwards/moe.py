@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.registry import Slot, register
+from model.context import Need
 from model.experts import Experts
 from model.feedforwards.glu import GLU
 from model.feedforwards.mlp import MLP, hidden_width
@@ -112,6 +113,11 @@ class MoE(nn.Module):
             self.shared = GLU(dim, width=shared * hidden, activation=chosen)
         elif shared:
             self.shared = MLP(dim, width=shared * hidden, bias=False, activation=chosen)
+
+    @property
+    def context(self) -> Need:
+        """Queues run over all tokens of a sample; without them each token is by itself."""
+        return "tokens" if self.mode == "dropless" else "gather"
 
     @property
     def active_fraction(self) -> float:

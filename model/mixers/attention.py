@@ -13,8 +13,9 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.registry import Slot, build, register
-from model.attention import Backend, Scores, attend
+from model.attention import Backend, Bias, Scores
 from model.cache import entry_name
+from model.context import Context, Need
 from model.leaves import ColumnLinear, HeadParameter, RowLinear
 from model.mixers.base import Mixer
 from model.norms.split import split_norm
@@ -58,6 +59,7 @@ class Attention(Mixer):
 
     caches = True
     multiway = True
+    context: Need = "attention"
 
     def __init__(
         self,
@@ -125,8 +127,9 @@ class Attention(Mixer):
             v = self.v_norm(v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        context = self.out.ops.context
         if self.position is not None:
-            q, k = self.position.rotate(q, k, stream.positions)
+            q, k = self.position.rotate(q, k, context.positions(x_BTD, stream.positions))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if stream.cache is not None:
             assert self.causal and stream.documents is None
@@ -135,13 +138,13 @@ class Attention(Mixer):
             causal=self.causal,
             window=self.window,
             documents=stream.documents,
-            bias=self._bias(x_BTD, k.shape[2], stream),
+            position=self._bias(x_BTD, k.shape[2], stream, context),
             scale=self.scale,
             softcap=self.softcap,
             dropout=self.dropout if self.training else 0.0,
             scratch=stream.scratch,
         )
-        y_BHTK = attend(q, k, v, scores, self.backend)
+        y_BHTK = context.attend(q, k, v, scores, self.backend)
         if self.head_scale is not None:
             y_BHTK = y_BHTK * self.head_scale().to(y_BHTK.dtype)
         y_BTC = y_BHTK.transpose(1, 2).flatten(2)
@@ -162,15 +165,18 @@ class Attention(Mixer):
         )
         return extended
 
-    def _bias(self, x_BTD: Tensor, keys: int, stream: Stream) -> Tensor | None:
-        """What the position adds to the scores of the newest T queries and the newest S keys."""
-        if self.position is None or not self.position.biases:
+    def _bias(self, x_BTD: Tensor, keys: int, stream: Stream, context: Context) -> Bias | None:
+        """What the position adds to the scores: of all ranks' queries and keys, or, with a cache,
+        of the newest T queries and the newest S keys."""
+        position = self.position
+        if position is None or not position.biases:
             return None
-        queries_BT = keys_BS = span(x_BTD, stream.positions)
+        tokens = x_BTD.shape[1] * context.size
+        queries_BT = keys_BS = span(tokens, stream.positions, x_BTD.device)
         if stream.cache is not None:
-            end = stream.cache.length + x_BTD.shape[1]
+            end = stream.cache.length + tokens
             keys_BS = torch.arange(end - keys, end, device=x_BTD.device)[None]
-        return self.position.bias(queries_BT, keys_BS)
+        return Bias(position.per_head(), position.form, queries_BT, keys_BS)
 
     def split_sizes(self) -> dict[str, int]:
         """What tensor parallelism must divide."""

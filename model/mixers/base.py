@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from core.errors import UserError
+from model.context import Need
 from model.stream import Stream
 
 
@@ -19,6 +20,8 @@ class Mixer(nn.Module):
     """Whether it can decode one token at a time from `stream.cache`."""
     multiway: bool = False
     """Whether `forward` also takes inputs of their own for the keys and for the values."""
+    context: Need = "gather"
+    """What it needs of other ranks' tokens under context parallelism."""
     selectors: tuple[str, ...] = ("q", "k")
     """Names of the leaves that only decide who is seen; a placement's `gain` leaves them alone."""
 

@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.registry import Slot, build, register
 from model.attention import Backend, Scores, attend
 from model.cache import entry_name
+from model.context import Need
 from model.leaves import ColumnLinear, HeadParameter, RowLinear
 from model.mixers.attention import head_shapes
 from model.mixers.base import Mixer
@@ -52,6 +53,7 @@ class CrossAttention(Mixer):
     """
 
     caches = True
+    context: Need = "tokens"  # its keys are the memory's, which every rank holds whole
     probe = {"heads": 4, "kv_heads": 2}
 
     def __init__(
@@ -101,7 +103,8 @@ class CrossAttention(Mixer):
             k, v = stream.cache.once(self.entry, lambda: self._read(memory_BSD))
         scores = Scores(dropout=self.dropout if self.training else 0.0, scratch=stream.scratch)
         if stream.documents is not None and stream.memory_documents is not None:
-            scores.documents, scores.key_documents = stream.documents, stream.memory_documents
+            scores.documents = self.out.ops.context.own(stream.documents)
+            scores.key_documents = stream.memory_documents
         y_BHTK = attend(q, k, v, scores, self.backend)
         if self.head_scale is not None:
             y_BHTK = y_BHTK * self.head_scale().to(y_BHTK.dtype)

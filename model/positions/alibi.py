@@ -51,7 +51,10 @@ class ALiBi(Position):
 
         self.slopes = HeadParameter(heads, fill=fill, trainable=False)
 
-    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+    def per_head(self) -> Tensor:
+        slopes_H: Tensor = self.slopes()
+        return slopes_H
+
+    def form(self, per_head: Tensor, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
         distance_BTS = (queries_BT[:, :, None] - keys_BS[:, None, :]).abs()
-        bias_BHTS: Tensor = -self.slopes()[:, None, None] * distance_BTS[:, None]
-        return bias_BHTS
+        return -per_head[:, None, None] * distance_BTS[:, None]

@@ -31,16 +31,24 @@ class Position(nn.Module):
         """In attention: queries and keys with their positions in them."""
         return q_BTHK, k_BTHK
 
-    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
-        """In attention: what is added to the scores, [B or 1, H, T, S]."""
+    def per_head(self) -> Tensor:
+        """What the bias is made of, [H, …] of this rank's heads."""
         raise NotImplementedError
 
+    def form(self, per_head: Tensor, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+        """In attention: what is added to the scores of these heads, [B or 1, H, T, S]."""
+        raise NotImplementedError
 
-def span(x_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+        """In attention: what is added to the scores, [B or 1, H, T, S]."""
+        return self.form(self.per_head(), queries_BT, keys_BS)
+
+
+def span(tokens: int, positions_BT: Tensor | None, device: torch.device) -> Tensor:
     """The positions, or 0…T−1 as one row where there are none."""
     if positions_BT is not None:
         return positions_BT
-    return torch.arange(x_BT.shape[1], device=x_BT.device)[None]
+    return torch.arange(tokens, device=device)[None]
 
 
 def position_for(

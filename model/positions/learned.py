@@ -32,5 +32,5 @@ class LearnedPosition(Position):
                 f"{x_BTD.shape[1]} tokens, but the learned positions end at {self.max_length}; "
                 "shorten the input or train with a longer data.sequence"
             )
-        rows: Tensor = self.table()[span(x_BTD, positions_BT)]
+        rows: Tensor = self.table()[span(x_BTD.shape[1], positions_BT, x_BTD.device)]
         return x_BTD + rows.to(x_BTD.dtype)

@@ -75,7 +75,11 @@ class RelativeBias(Position):
         self.buckets, self.furthest, self.causal = buckets, furthest, causal
         self.table = HeadParameter(heads, buckets, fill="embedding")
 
-    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+    def per_head(self) -> Tensor:
+        table_HN: Tensor = self.table()
+        return table_HN
+
+    def form(self, per_head: Tensor, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
         offset_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
         bucket_BTS = bucket(offset_BTS, self.buckets, self.furthest, self.causal)
-        return F.embedding(bucket_BTS, self.table().t()).permute(0, 3, 1, 2)
+        return F.embedding(bucket_BTS, per_head.t()).permute(0, 3, 1, 2)

@@ -46,12 +46,14 @@ class RelativeGridBias(Position):
         self.grid = grid
         self.table = HeadParameter(heads, 2 * grid[0] - 1, 2 * grid[1] - 1, fill="embedding")
 
-    def bias(self, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+    def per_head(self) -> Tensor:
+        table_Hhw: Tensor = self.table()
+        return table_Hhw
+
+    def form(self, per_head: Tensor, queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
         rows, columns = self.grid
         q, k = queries_BT[:, :, None], keys_BS[:, None, :]
         down_BTS = q // columns - k // columns + rows - 1
         right_BTS = q % columns - k % columns + columns - 1
-        table_HN = self.table().flatten(1)
         index_BTS = down_BTS * (2 * columns - 1) + right_BTS
-        bias_BHTS: Tensor = table_HN[:, index_BTS].transpose(0, 1)
-        return bias_BHTS
+        return per_head.flatten(1)[:, index_BTS].transpose(0, 1)

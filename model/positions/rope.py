@@ -46,7 +46,7 @@ class RoPE(Position):
     def rotate(
         self, q_BTHK: Tensor, k_BTHK: Tensor, positions_BT: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        positions = span(q_BTHK, positions_BT)
+        positions = span(q_BTHK.shape[1], positions_BT, q_BTHK.device)
         pairs = torch.arange(0, self.rotated, 2, device=q_BTHK.device, dtype=torch.float32)
         angle_BTK = positions[..., None].float() * self.base ** (-pairs / self.rotated)
         cos, sin = angle_BTK.cos()[:, :, None], angle_BTK.sin()[:, :, None]

@@ -53,7 +53,7 @@ class SinusoidalPosition(Position):
         self.prefix = max(0, (max_length or 0) - patches) if grid is not None else 0
 
     def embed(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
-        at_BT = span(x_BTD, positions_BT)
+        at_BT = span(x_BTD.shape[1], positions_BT, x_BTD.device)
         rows_BTD = self._line(at_BT) if self.grid is None else self._plane(at_BT, self.grid[1])
         return x_BTD + rows_BTD.to(x_BTD.dtype)
 
