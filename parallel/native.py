@@ -26,6 +26,7 @@ from parallel.config import ParallelConfig
 from parallel.context import RankContext
 from parallel.crossing import bind_context
 from parallel.engine import LossFunction, Precision, Recompute, Sums
+from parallel.expert import ExpertDispatch
 from parallel.gradients import local, local_gradients, scale, squares, sum_over
 from parallel.layout import Layout
 from parallel.mesh import mesh_for
@@ -107,10 +108,13 @@ class NativeEngine:
             split_data(model, mesh.shard, mesh.expert_shard, bf16, self.config.keep_gathered)
 
     def _operations(self, lazy: bool) -> DataOperations:
-        if self.layout.tp == 1:
-            return DataOperations(self._data)
-        sequence_parallel = self.layout.sequence_parallel
-        return TensorOperations(self._group("tp"), self._data, sequence_parallel, lazy)
+        operations = DataOperations(self._data)
+        if self.layout.tp > 1:
+            sequence_parallel = self.layout.sequence_parallel
+            operations = TensorOperations(self._group("tp"), self._data, sequence_parallel, lazy)
+        if self.layout.ep > 1:
+            operations.dispatch = ExpertDispatch(self._group("ep"), lazy)
+        return operations
 
     def seed(self, seed: int) -> None:
         """Seed torch's generators: apart over the data axes, alike over the tensor axis.

@@ -50,6 +50,9 @@ class DataOperations(Operations):
     def __init__(self, group: Group | None):
         self.data = group
 
+    def weight(self, parameter: Tensor, role: Role, inside: bool) -> Tensor:
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
     def enter(self, x_BTD: Tensor) -> Tensor:
         return self.crossing.enter(x_BTD)
 
@@ -86,9 +89,6 @@ class TensorOperations(DataOperations):
         self.group = group
         self.size, self.rank = group.size(), group.rank()
         self.sequence_parallel, self.lazy = sequence_parallel, lazy
-
-    def weight(self, parameter: Tensor, role: Role, inside: bool) -> Tensor:
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         if self.sequence_parallel:
