@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from core.config import Config
 from core.errors import UserError
 from core.registry import Entry, PartConfig, entries
-from model.roles import roles
+from model.roles import Role, roles
 from parallel.layout import Layout
 
 
@@ -44,6 +46,7 @@ def check_model(
             if asked.get(contract):
                 raise UserError(f"{entry.slot} '{entry.name}' cannot do {contract}: {reason}")
     known, tp = roles(model), layout.tp
+    _check_experts(layout.ep, {n: p.shape for n, p in model.named_parameters()}, known)
     if tp == 1:
         return
     for path, module in model.named_modules():
@@ -62,6 +65,27 @@ def check_model(
             raise UserError(
                 f"parallel.tp: {tp} does not divide axis {split} ({size}) of {name}; "
                 f"{_fits(size, tp)}{more}"
+            )
+
+
+def _check_experts(ep: int, shapes: dict[str, torch.Size], known: dict[str, Role]) -> None:
+    """Whether every bank's experts divide between the ranks of the expert axis."""
+    if ep == 1:
+        return
+    sizes = {
+        name.rpartition(".")[0]: shapes[name][role.expert]
+        for name, role in known.items()
+        if role.expert is not None
+    }
+    if not sizes:
+        raise UserError(f"parallel.ep: {ep}, but the model has no experts; use parallel.ep=1")
+    common = math.gcd(*sizes.values())
+    best = max(size for size in range(1, ep + 1) if common % size == 0)
+    for bank, size in sizes.items():
+        if size % ep:
+            raise UserError(
+                f"parallel.ep: {ep} does not divide the {size} experts of {bank}; "
+                f"use parallel.ep={best}, or make them {-(-size // ep) * ep}"
             )
 
 

@@ -72,3 +72,27 @@ def test_what_a_mechanism_declares(contract: str, layout: Layout, options: dict[
         check_model(Layout(replicate=2), chosen)
     finally:
         del _entries["mixer"]["whole"], _lookup["mixer"]["whole"]
+
+
+def experts(*numbers: int) -> Any:
+    """A model with a bank of so many experts in each block."""
+    block = {"mixer": {"name": "attention", "heads": 4}}
+    banks = [{"name": "moe", "experts": number, "top_k": 1} for number in numbers]
+    blocks = [{**block, "feedforward": bank} for bank in banks]
+    return model(block=blocks, depth=len(blocks))
+
+
+def test_experts_divide_between_the_ranks_of_their_axis() -> None:
+    check_model(Layout(ep=2), experts(4, 6))
+    with pytest.raises(UserError) as caught:
+        check_model(Layout(ep=4), experts(4, 6))
+    assert str(caught.value) == (
+        "parallel.ep: 4 does not divide the 6 experts of "
+        "stack.blocks.1.sublayers.feedforward.branch.experts.gate; "
+        "use parallel.ep=2, or make them 8"
+    )
+
+
+def test_an_expert_axis_without_experts() -> None:
+    with pytest.raises(UserError, match=r"parallel\.ep: 2, but the model has no experts; use"):
+        check_model(Layout(ep=2), model())
