@@ -26,10 +26,12 @@ from parallel.config import ParallelConfig
 from parallel.context import RankContext
 from parallel.crossing import bind_context
 from parallel.engine import LossFunction, Precision, Recompute, Sums
+from parallel.gathered import keep_gathered, reduce_gradients
 from parallel.expert import ExpertDispatch
 from parallel.gradients import local, local_gradients, scale, squares, sum_over
 from parallel.layout import Layout
 from parallel.mesh import mesh_for
+from parallel.pipeline import Pipeline
 from parallel.recompute import wrap_blocks
 from parallel.shard import fill, local_part, split_data, split_model
 from parallel.tensor import DataOperations, TensorOperations, bind, partial_names
@@ -51,6 +53,7 @@ class NativeEngine:
         self._partial: set[str] = set()
         self._copies: dict[str, int] = {}  # how many ranks of one model hold the same elements
         self._runs: nn.Module | None = None  # the model as it is called in training
+        self.pipeline: Pipeline | None = None
 
     @property
     def _sharded(self) -> bool:
@@ -72,10 +75,14 @@ class NativeEngine:
         compile: bool = False,
     ) -> None:
         self.place(model, precision=precision, recompute=recompute, compile=compile)
-        model.to_empty(device=self.device)
+        self.materialise()
         fill(model, self.layout, seed)
         self.seed(seed)
-        self._runs = model
+
+    def materialise(self) -> None:
+        """Give the placed model memory, without values."""
+        self.model.to_empty(device=self.device)
+        self._runs = self.model
 
     def place(
         self, model: nn.Module, *, precision: Precision, recompute: Recompute, compile: bool
@@ -88,9 +95,16 @@ class NativeEngine:
             )
         assert not list(model.buffers()), "leaves own all state; buffers would have no first value"
         self.model, self._precision = model, precision
-        known = roles(model)
+        holders: dict[str, list[int]] = {}
+        if self.layout.pp > 1:
+            self.pipeline = Pipeline(model, self.config, self.device, self._group("pp"))
+            holders = self.pipeline.holders
+        known = roles(model)  # those that this rank's stages have
         tp = self.layout.tp
-        self._copies = {name: 1 if role.split is not None else tp for name, role in known.items()}
+        self._copies = {
+            name: (1 if role.split is not None else tp) * len(holders.get(name, [0]))
+            for name, role in known.items()
+        }
         if self.mesh is not None:
             split_model(model, self.mesh.axes, self.layout)
         if tp > 1:
@@ -122,9 +136,10 @@ class NativeEngine:
         Under sequence parallelism the ranks of the tensor axis hold different tokens, so they are
         apart as well.
         """
-        place = self.data_rank * self.layout.cp + self.layout.coordinates["cp"]
+        at = self.layout.coordinates
+        place = (self.data_rank * self.layout.cp + at["cp"]) * self.layout.pp + at["pp"]
         if self.layout.sequence_parallel:
-            place = place * self.layout.tp + self.layout.coordinates["tp"]
+            place = place * self.layout.tp + at["tp"]
         torch.manual_seed(stable_hash("rng", seed, place) % 2**63)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -136,18 +151,45 @@ class NativeEngine:
             parameter.grad = None
         batches = [self._move(batch) for batch in batches]
         known = self._counts(batches, loss)
+        if self.pipeline is not None:
+            held = self._through_stages(self.pipeline, batches, loss, known)
+        else:
+            held, known = self._one_by_one(batches, loss, known)
+        self._finish(held, known)
+        return held
+
+    def _one_by_one(
+        self, batches: list[Batch], loss: LossFunction, known: Sums | None
+    ) -> tuple[Sums, Sums | None]:
+        """Forward and backward of each micro-batch; the sums, and the divisors if they are known."""
         held: Sums = {}
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with self._synchronised(last):
                 with self._autocast():
-                    sums = loss(self._runs, batch)
+                    sums = loss(self._runs, batch)  # type: ignore[arg-type]
                 if known is None and len(batches) == 1:
                     known = self._reduced(sums)
-                self._backward(sums, known, len(batches))
+                self._root(sums, known).backward()
             for name, value in sums.items():
                 held[name] = held[name] + value.detach() if name in held else value.detach()
-        self._finish(held, known)
+        return held, known
+
+    def _through_stages(
+        self, pipeline: Pipeline, batches: list[Batch], loss: LossFunction, known: Sums | None
+    ) -> Sums:
+        """Forward and backward of all micro-batches, as the pipeline's schedule has them."""
+
+        def ending(model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
+            sums = loss(model, batch)
+            return self._root(sums, known), sums
+
+        if self._sharded:
+            keep_gathered(self.model)
+        held = pipeline.run(batches, ending, self._autocast)
+        if self._sharded:
+            reduce_gradients(self.model)
+        pipeline.sum_shared()
         return held
 
     def _move(self, batch: Batch) -> Batch:
@@ -166,7 +208,8 @@ class NativeEngine:
         values = torch.stack([sums[key].detach().double().reshape(()) for key in keys])
         return dict(zip(keys, self.total(values).clamp(min=1.0).float(), strict=True))
 
-    def _backward(self, sums: Sums, known: Sums | None, micro_batches: int) -> None:
+    def _root(self, sums: Sums, known: Sums | None) -> Tensor:
+        """What is differentiated of a micro-batch."""
         root = sums["loss"].float()
         if known is not None:
             root = root / known["count"]
@@ -174,13 +217,14 @@ class NativeEngine:
         if auxiliary is not None and auxiliary.requires_grad:
             if known is None:
                 raise TypeError(
-                    f"{micro_batches} micro-batches and auxiliary losses: the loss function needs "
-                    "counts(batch), so that count and samples are known before the backward pass"
+                    "auxiliary losses with several micro-batches or a pipeline: the loss function "
+                    "needs counts(batch), so that count and samples are known before the backward "
+                    "pass"
                 )
             root = root + auxiliary.float() / known["samples"]
         if self._runs is not self.model:
             root = root * self.data_size  # DDP averages
-        root.backward()
+        return root
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Any:
@@ -282,6 +326,8 @@ class NativeEngine:
     @torch.no_grad()
     def load_model_state(self, state: dict[str, Any]) -> None:
         known = roles(self.model)
+        if self.pipeline is not None:  # what other stages hold may be given too
+            state = {n: v for n, v in state.items() if n in known or n not in self.pipeline.holders}
         if state.keys() != known.keys():
             odd = sorted(state.keys() ^ known.keys())[0]
             where = "is not in the model" if odd in state else "is missing"
