@@ -3,10 +3,11 @@
 What the right backward is depends on whether gradients are alike or partial sums where a value is
 used; `parallel/tensor.py` chooses by the rules of `model/operations.py`.
 
-Tensors go through PyTorch's functional collectives, which return at once. What leaves a sublayer
-may stay in flight until it is first read, so that a sum that is not read at once (the ladder
-residual's) runs beside the next computation; everything else is waited for here. A tensor in flight
-must not enter a compiled function: its gradient would be lost.
+Tensors go through PyTorch's functional collectives, which return at once. Two kinds of results may
+stay in flight, so that they travel beside the next computation where nothing reads them at once (in
+the ladder residual): what leaves a sublayer, until it is first read, and in the backward pass the
+gradient of what entered one, until nothing else is left to compute (`late`). Everything else is
+waited for here. A tensor in flight must not enter a compiled function: its gradient would be lost.
 """
 
 from __future__ import annotations
@@ -69,17 +70,52 @@ def apply(function: Any, *args: Any) -> Tensor:
     return value
 
 
-class Copy(Function):
-    """The identity; backward sums over the ranks."""
+LATER = 8
+"""By what `late` divides a node's place in the order of execution.
+
+A branch has more nodes than that, so the order among the late ones stays. An eighth of a node's
+number lies before every node of the same step, but for the first step, which may wait too early.
+"""
+
+
+def late(x: Tensor) -> Tensor:
+    """The identity; backward settles the gradient, once autograd has nothing else to compute.
+
+    Of the nodes whose gradients are complete, autograd executes the one made last: the norm before
+    a branch, made after the previous branch, would be next once this branch is done, and would wait
+    for the branch's gradient while the previous branch could compute. A lower place in that order
+    changes no dependency, hence no value.
+    """
+    x = apply(Settle, x)
+    node: Any = x.grad_fn
+    if node is not None:
+        node._set_sequence_nr(node._sequence_nr() // LATER)
+    return x
+
+
+class Settle(Function):
+    """The identity; backward waits for a gradient in flight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return all_reduce(grad, ctx.group), None
+        return settled(grad)
+
+
+class Copy(Function):
+    """The identity; backward sums over the ranks. `lazy`: `late` is to settle the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, lazy: bool = False) -> Tensor:
+        ctx.group, ctx.lazy = group, lazy
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return all_reduce(grad, ctx.group, lazy=ctx.lazy), None, None
 
 
 class Reduce(Function):
@@ -108,16 +144,19 @@ class ReduceBoth(Function):
 
 
 class GatherScatter(Function):
-    """Concatenates the ranks' parts; backward sums over the ranks and keeps this rank's part."""
+    """Concatenates the ranks' parts; backward sums over the ranks and keeps this rank's part.
+
+    `lazy`: `late` is to settle the gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, lazy: bool = False) -> Tensor:
+        ctx.dim, ctx.group, ctx.lazy = dim, group, lazy
         return all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+        return reduce_scatter(grad, ctx.dim, ctx.group, ctx.lazy), None, None, None
 
 
 class GatherPart(Function):

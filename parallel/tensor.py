@@ -31,6 +31,7 @@ from parallel.collectives import (
     all_reduce,
     apply,
     broadcast,
+    late,
     part,
 )
 from parallel.crossing import Crossing
@@ -79,7 +80,8 @@ class DataOperations(Operations):
 class TensorOperations(DataOperations):
     """Several ranks along the tensor axis.
 
-    `lazy`: what leaves a sublayer may stay in flight until it is read; not with compiled blocks.
+    `lazy`: what leaves a sublayer, and the gradient of what entered one, may stay in flight until
+    it is needed; not with compiled blocks.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class TensorOperations(DataOperations):
         self.sequence_parallel, self.lazy = sequence_parallel, lazy
 
     def enter(self, x_BTD: Tensor) -> Tensor:
+        if self.lazy:
+            x_BTD = late(x_BTD)
         if self.sequence_parallel:
-            x_BTD = apply(GatherScatter, x_BTD, TOKENS, self.group)
+            x_BTD = apply(GatherScatter, x_BTD, TOKENS, self.group, self.lazy)
         else:
-            x_BTD = apply(Copy, x_BTD, self.group)
+            x_BTD = apply(Copy, x_BTD, self.group, self.lazy)
         return super().enter(x_BTD)
 
     def leave(self, y_BTD: Tensor) -> Tensor:

@@ -5,8 +5,14 @@
 
 A branch reads a stream that still lacks its predecessor's output, so under tensor parallelism the
 predecessor's all-reduce can run while this branch computes. The output in flight is
-`stream.pending`, hence pipeline stages carry it like everything else. The paper reports 30% faster
-end-to-end inference at 70B parameters and tensor parallelism 8.
+`stream.pending`, hence pipeline stages carry it like everything else. Backward is the mirror image:
+the gradient of y_i = f_i(x_{i−2}) is that of x_i, which f_{i+1} has no part in, so the sum of
+f_{i+1}'s input gradient over the ranks can run while f_i's backward computes
+(`parallel.collectives.late`). The paper reports 30% faster end-to-end inference at 70B parameters
+and tensor parallelism 8; `python -m benchmarks.ladder` measures ours.
+
+What reads a branch's output at once waits for it: a bias of its last linear, a layer scale, a
+norm after the branch (`placement: sandwich`), dropout.
 """
 
 from __future__ import annotations
