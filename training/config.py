@@ -58,3 +58,10 @@ class TrainConfig(Config):
 
     log_every: Annotated[int, Field(gt=0)] = 1
     """Steps between two lines of metrics."""
+
+    layer_norms: bool = True
+    """Log the root mean square of the hidden state behind every block."""
+
+    timeline: Annotated[int | None, Field(gt=0)] = None
+    """Record this step on every rank for `manyforms report`: computing, messages, waiting; null:
+    none. Not one of the first two, in which much is set up."""

@@ -7,15 +7,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from training.outcome import Outcome
-    from training.trainer import Trainer
+from training.callbacks.base import Callback, Loop
+from training.outcome import Outcome
 
 
 class Summary(Callback):
@@ -24,7 +21,7 @@ class Summary(Callback):
     def __init__(self, path: Path):
         self.path = path
 
-    def end(self, trainer: Trainer, outcome: Outcome | None) -> None:
+    def end(self, trainer: Loop, outcome: Outcome | None) -> None:
         if trainer.first and outcome is not None:
             text = json.dumps(summary(trainer, outcome), indent=1) + "\n"
             temporary = self.path.with_name(f"{self.path.name}.tmp")
@@ -32,7 +29,7 @@ class Summary(Callback):
             os.replace(temporary, self.path)
 
 
-def summary(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
+def summary(trainer: Loop, outcome: Outcome) -> dict[str, Any]:
     """Final metrics, parameter and FLOP counts, versions, seed, wall time in seconds."""
     return {
         "step": outcome.step,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from checkpoints.config import CheckpointConfig
 from checkpoints.rng import capture_rng, restore_rng
@@ -20,26 +21,28 @@ from core.registry import build
 from data_pipeline.data import Data
 from data_pipeline.loader import Loader
 from model.output import Batch
+from parallel import watchdog
+from parallel.engine import Engine
 from training.callbacks.average import MovingAverage
 from training.callbacks.base import Callback, Record
+from training.callbacks.layer_norms import LayerNorms
 from training.callbacks.standard import standard
 from training.callbacks.stepped import Stepped
 from training.callbacks.stop import StopSignals
+from training.callbacks.timeline import Timeline
 from training.config import TrainConfig
 from training.counts import count_run
 from training.determinism import seed_hosts, use_deterministic
 from training.failure import RunFailure
 from training.meter import Meter
-from training.objectives.base import Objective
+from training.objectives.base import Objective, Sums
 from training.objectives.choose import choose_objective
 from training.optimizers.base import Optimizer
 from training.optimizers.shards import drop_gathered
 from training.outcome import Outcome
 from training.schedules.base import Schedule
+from training.sums import pack, unpack
 from training.validate import validate
-
-if TYPE_CHECKING:
-    from parallel.engine import Engine
 
 
 class Trainer:
@@ -92,6 +95,14 @@ class Trainer:
             deterministic = engine.device.type == "cpu"
         use_deterministic(deterministic)
         self.counts, flops_per_sample = count_run(model, data, self.objective)
+        watches: list[Callback] = [LayerNorms(model)] if config.layer_norms else []
+        if config.timeline is not None and folder is not None:
+            if config.timeline > config.steps:
+                raise UserError(
+                    f"train.timeline: there is no step {config.timeline}; the run has "
+                    f"{config.steps} (train.steps)"
+                )
+            watches.append(Timeline(folder / "timeline", config.timeline, model))
         engine.prepare(
             model,
             seed=seed,
@@ -126,6 +137,8 @@ class Trainer:
         self.stopped: str | None = None
         """The signal to stop on, once all ranks agree on it."""
         self.last_record: Record = {}
+        self.vectors: dict[str, list[float]] = {}
+        """The last record's metrics with an entry per expert, dimension or layer."""
         self.last_validation: Record = {}
         self._requested: str | None = None
         self._seconds = 0.0
@@ -135,6 +148,7 @@ class Trainer:
             *([self.average] if self.average is not None else []),
             StopSignals(),
             Stepped(seed),
+            *watches,
             *standard(folder, self.store, checkpoint),
             *callbacks,
         ]
@@ -191,15 +205,19 @@ class Trainer:
 
     def _one_step(self) -> None:
         """One step and what follows it, in the order that a resumed run repeats."""
-        record = self._train()
-        due = self.config.validate_every and self.step % self.config.validate_every == 0
-        if (due or self.done) and len(self.data.validation):
+        config, step = self.config, self.step + 1
+        last = step >= config.steps
+        due = bool(config.validate_every) and step % config.validate_every == 0
+        validates = (due or last) and len(self.data.validation) > 0
+        logged = validates or last or step % config.log_every == 0
+        with ExitStack() as around:
+            for callback in self.callbacks:
+                around.enter_context(callback.around(self, logged))
+            record = self._train(logged)
+        if validates:
             measured = self.validate()
             self.last_validation = measured
             record |= {f"val/{name}": value for name, value in measured.items()}
-        else:
-            due = False
-        logged = due or self.done or self.step % self.config.log_every == 0
         if logged:
             record |= self.meter.read()
             self.last_record = record
@@ -208,22 +226,23 @@ class Trainer:
         for callback in self.callbacks:
             callback.step(self, record if logged else None)
 
-    def _train(self) -> Record:
+    def _train(self, logged: bool) -> Record:
         """One optimizer step. Returns what may be logged of it."""
         self.meter.begin()
-        batches = self._prepared(self.loader.step(self.consumed))
-        sums = self.engine.forward_backward(batches, self.objective)
-        norm = self.engine.clip_gradients(self.config.clip)
-        names = sorted(sums)
-        totals = self.engine.total(torch.stack([sums[name].double() for name in names]))
-        # The step's one transfer to the host.
-        *values, grad_norm = torch.cat([totals, norm.double().reshape(1)]).tolist()
-        report = self.objective.report(dict(zip(names, values, strict=True)))
+        watchdog.at_step(self.step + 1)
+        with record_function("step: data"):
+            batches = self._prepared(self.loader.step(self.consumed))
+        with record_function("step: model"):
+            sums = self.engine.forward_backward(batches, self.objective)
+        with record_function("step: loss and norm"):
+            report, facts = self._read(sums, logged)
+        grad_norm = facts.pop("grad_norm")
         if not (math.isfinite(report["loss"]) and math.isfinite(grad_norm)):
             raise RunFailure(self._blame(sums["loss"], report["loss"], grad_norm))
         factor = self.schedule(self.step)
-        self.optimizer.step(factor)
-        self.optimizer.zero_grad()
+        with record_function("step: update"):
+            self.optimizer.step(factor)
+            self.optimizer.zero_grad()
         self.step += 1
         self.consumed += self.config.global_batch
         self.meter.finish(self.config.global_batch * self.units_per_sample)
@@ -233,7 +252,25 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.lr * factor,
             self.meter.unit: self.units,
+            **facts,
         }
+
+    def _read(self, sums: Sums, logged: bool) -> tuple[Record, Record]:
+        """Clip, and bring a step's numbers to the host: the objective's report, and the rest."""
+        measured: dict[str, Tensor] = {}
+        if logged:
+            for callback in self.callbacks:
+                measured |= callback.measured(self)
+        else:
+            sums = {name: value for name, value in sums.items() if value.dim() == 0}
+        measured["grad_norm"] = self.engine.clip_gradients(self.config.clip)
+        # The step's one transfer to the host.
+        values = iter(torch.cat([self.engine.total(pack(sums)), pack(measured)]).tolist())
+        totals, vectors = unpack(sums, values)
+        facts, more = unpack(measured, values)
+        if logged:
+            self.vectors = self.objective.report_vectors(totals, vectors) | more
+        return self.objective.report(totals), facts
 
     def _prepared(self, batches: list[Batch]) -> list[Batch]:
         """What the objective adds, given each sample's index in the run."""

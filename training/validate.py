@@ -54,6 +54,8 @@ def validate(
         samples = torch.from_numpy(first + np.arange(micro_batch, dtype=np.int64))
         sums = engine.evaluate(objective.prepare(batch, samples), objective)
         for name, value in sums.items():
+            if value.dim():  # an entry per expert or dimension: for pictures of training
+                continue
             held = totals.get(name)
             totals[name] = value.double() if held is None else held + value.double()
     names = sorted(totals)

@@ -13,6 +13,7 @@ from model.zoo import build_model
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.native import NativeEngine
+from training.callbacks.base import Callback, Loop, Record
 from training.config import TrainConfig
 from training.trainer import Trainer
 
@@ -130,21 +131,13 @@ def make_trainer(
     return Trainer(config, engine or make_engine(), make_model(model), data, **own)
 
 
-class Losses:
-    """A callback-shaped collector of records."""
-
-    section = None
+class Losses(Callback):
+    """A collector of records."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, float]] = []
 
-    def start(self, trainer: Trainer) -> None: ...
-
-    def event(self, trainer: Trainer, kind: str, facts: dict[str, Any]) -> None: ...
-
-    def end(self, trainer: Trainer, outcome: Any) -> None: ...
-
-    def step(self, trainer: Trainer, record: dict[str, float] | None) -> None:
+    def step(self, trainer: Loop, record: Record | None) -> None:
         if record is not None:
             self.records.append(record)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from training.callbacks.base import Callback, Record
+from training.callbacks.base import Callback, Loop, Record
 from training.optimizers.shards import Shard
-
-if TYPE_CHECKING:
-    from training.trainer import Trainer
 
 
 class MovingAverage(Callback):
@@ -33,7 +30,7 @@ class MovingAverage(Callback):
         self.averages = [local.clone() for local in self.locals]
 
     @torch.no_grad()
-    def step(self, trainer: Trainer, record: Record | None) -> None:
+    def step(self, trainer: Loop, record: Record | None) -> None:
         decay = min(self.decay, (1 + trainer.step) / (10 + trainer.step))
         torch._foreach_lerp_(self.averages, self.locals, 1.0 - decay)
 

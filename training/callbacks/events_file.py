@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from training.trainer import Trainer
+from training.callbacks.base import Callback, Loop
 
 
 class EventsFile(Callback):
@@ -19,7 +16,7 @@ class EventsFile(Callback):
     def __init__(self, path: Path):
         self.path = path
 
-    def event(self, trainer: Trainer, kind: str, facts: dict[str, Any]) -> None:
+    def event(self, trainer: Loop, kind: str, facts: dict[str, Any]) -> None:
         if trainer.first:
             line = {"time": time.time(), "event": kind, "step": trainer.step, **facts}
             with open(self.path, "a", encoding="utf8") as file:

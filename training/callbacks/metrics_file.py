@@ -1,17 +1,14 @@
-"""metrics.jsonl: one object a logged step, floats with full precision."""
+"""metrics.jsonl: one object a logged step, floats with full precision; vectors as lists."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from training.callbacks.base import Callback, Record
-
-if TYPE_CHECKING:
-    from training.outcome import Outcome
-    from training.trainer import Trainer
+from training.callbacks.base import Callback, Loop, Record
+from training.outcome import Outcome
 
 
 class MetricsFile(Callback):
@@ -21,17 +18,17 @@ class MetricsFile(Callback):
         self.path = path
         self._file: IO[str] | None = None
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Loop) -> None:
         if trainer.first:
             _keep_until(self.path, trainer.step)
             self._file = open(self.path, "a", encoding="utf8")  # noqa: SIM115 - closed in `end`
 
-    def step(self, trainer: Trainer, record: Record | None) -> None:
+    def step(self, trainer: Loop, record: Record | None) -> None:
         if self._file is not None and record is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps({**record, **trainer.vectors}) + "\n")
             self._file.flush()
 
-    def end(self, trainer: Trainer, outcome: Outcome | None) -> None:
+    def end(self, trainer: Loop, outcome: Outcome | None) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from core.log import get_logger
-from training.callbacks.base import Callback, Record
-
-if TYPE_CHECKING:
-    from training.outcome import Outcome
-    from training.trainer import Trainer
+from training.callbacks.base import Callback, Loop, Record
+from training.outcome import Outcome
 
 BETWEEN_LINES = 10.0
 """Seconds between two plain lines; the first and the last step and validations always show."""
@@ -48,7 +45,7 @@ class Progress(Callback):
         self._shown = 0.0
         self._marks: list[tuple[float, int]] = []
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Loop) -> None:
         self._marks = [(time.monotonic(), trainer.step)]
         if not trainer.first or not self.stream.isatty():
             return
@@ -69,7 +66,7 @@ class Progress(Callback):
             "", total=trainer.config.steps, completed=trainer.step, facts=""
         )
 
-    def step(self, trainer: Trainer, record: Record | None) -> None:
+    def step(self, trainer: Loop, record: Record | None) -> None:
         if not trainer.first:
             return
         now = time.monotonic()
@@ -85,7 +82,7 @@ class Progress(Callback):
         else:
             get_logger().info("step %d/%d  %s", trainer.step, trainer.config.steps, facts)
 
-    def _facts(self, trainer: Trainer) -> str:
+    def _facts(self, trainer: Loop) -> str:
         record = trainer.last_record
         parts = [f"loss {record['loss']:.4f}"]
         for name, label in (
@@ -104,7 +101,7 @@ class Progress(Callback):
             parts.append(f"{duration(each * (trainer.config.steps - last_step))} left")
         return "  ".join(parts)
 
-    def end(self, trainer: Trainer, outcome: Outcome | None) -> None:
+    def end(self, trainer: Loop, outcome: Outcome | None) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

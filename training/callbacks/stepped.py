@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.callbacks.base import Callback, Record
-
-if TYPE_CHECKING:
-    from training.trainer import Trainer
+from training.callbacks.base import Callback, Loop, Record
 
 
 class Stepped(Callback):
@@ -28,13 +25,13 @@ class Stepped(Callback):
         self._begins: list[Any] = []
         self._ends: list[Any] = []
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Loop) -> None:
         modules = list(trainer.engine.model.modules())
         self._begins = [m for m in modules if hasattr(m, "begin_step")]
         self._ends = [m for m in modules if hasattr(m, "end_step")]
         self._begin(trainer.step)
 
-    def step(self, trainer: Trainer, record: Record | None) -> None:
+    def step(self, trainer: Loop, record: Record | None) -> None:
         for module in self._ends:
             for name, change in module.end_step().items():
                 add_whole(module.get_parameter(name), change)

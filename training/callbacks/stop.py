@@ -6,13 +6,10 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from training.outcome import Outcome
-    from training.trainer import Trainer
+from training.callbacks.base import Callback, Loop
+from training.outcome import Outcome
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TWICE = 1.0
@@ -24,15 +21,15 @@ class StopSignals(Callback):
 
     def __init__(self) -> None:
         self._former: dict[signal.Signals, Any] = {}
-        self._trainer: Trainer | None = None
+        self._trainer: Loop | None = None
         self._interrupted: float | None = None
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Loop) -> None:
         if threading.current_thread() is threading.main_thread():
             self._trainer = trainer
             self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
-    def end(self, trainer: Trainer, outcome: Outcome | None) -> None:
+    def end(self, trainer: Loop, outcome: Outcome | None) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former, self._trainer, self._interrupted = {}, None, None

@@ -46,11 +46,14 @@ class Objective:
         }
 
     def __call__(self, model: nn.Module, batch: Batch) -> Sums:
-        """The sums of one micro-batch: scalars, float32, `loss` and `auxiliary` with gradient."""
+        """The sums of one micro-batch, float32; `loss` and `auxiliary` with gradient.
+
+        Scalars, but for metrics of the model that are vectors.
+        """
         raise NotImplementedError
 
     def report(self, totals: dict[str, float]) -> dict[str, float]:
-        """What is reported of sums over any number of batches."""
+        """What is reported of scalar sums over any number of batches."""
         count = max(totals["count"], 1.0)
         report = {"loss": totals["loss"] / count}
         samples = max(totals.get("samples", 1.0), 1.0)
@@ -63,11 +66,22 @@ class Objective:
                 report[name.removeprefix(METRIC)] = value / samples
         return report
 
+    def report_vectors(
+        self, totals: dict[str, float], vectors: dict[str, list[float]]
+    ) -> dict[str, list[float]]:
+        """The model's metrics with an entry per expert, dimension or layer, from their sums."""
+        samples = max(totals.get("samples", 1.0), 1.0)
+        return {
+            name.removeprefix(METRIC): [value / samples for value in values]
+            for name, values in vectors.items()
+        }
+
 
 def common(objective: Objective, output: ModelOutput, batch: Batch) -> Sums:
-    """The sums that every objective has: counts, auxiliary losses, the model's scalar metrics.
+    """The sums that every objective has: counts, auxiliary losses, the model's metrics.
 
-    What fills up a short batch counts for nothing.
+    A metric of several elements is a vector among the sums. Each counts by the batch's samples;
+    what fills up a short batch counts for nothing.
     """
     sums = objective.counts(batch)
     samples = sums["samples"]
@@ -77,8 +91,8 @@ def common(objective: Objective, output: ModelOutput, batch: Batch) -> Sums:
             [(loss_B.float() * weight_B).sum() for loss_B in output.losses.values()]
         ).sum()
     for name, value in output.metrics.items():
-        if value.numel() == 1:
-            sums[METRIC + name] = value.detach().float().reshape(()) * samples
+        shape = () if value.numel() == 1 else (-1,)
+        sums[METRIC + name] = value.detach().float().reshape(shape) * samples
     return sums
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.training.helpers import make_trainer
+from tests.training.helpers import LANGUAGE, make_trainer
 from training.callbacks.progress import Progress, duration, short
 from training.meter import Meter, memory, peak_flops
 
@@ -66,6 +66,24 @@ def test_tensorboard_holds_what_the_metrics_file_holds(tmp_path):
     }
     loss = [(e.step, e.value) for e in events.Scalars("loss")]
     assert loss == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in records]
+
+
+def test_tensorboard_shows_a_vector_as_bars_over_its_entries(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from tests.training.test_trainer import lines
+
+    feedforward = {"name": "moe", "experts": 3, "ratio": 2.0}
+    model = {**LANGUAGE, "block": {**LANGUAGE["block"], "feedforward": feedforward}}
+    make_trainer(model=model, steps=2, folder=tmp_path).run()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["histograms"]) == {"moe/0/load", "moe/1/load"}
+    shown = events.Histograms("moe/1/load")[-1]
+    load = lines(tmp_path / "metrics.jsonl")[-1]["moe/1/load"]
+    bars = dict(zip(shown.histogram_value.bucket_limit, shown.histogram_value.bucket, strict=True))
+    assert [bars[float(i + 1)] for i in range(3)] == pytest.approx(load)  # from i to i + 1
+    assert bars.get(0.0, 0.0) == 0.0
 
 
 def test_the_meter_counts_only_the_time_of_steps(monkeypatch):
