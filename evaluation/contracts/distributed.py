@@ -10,10 +10,11 @@ from typing import Any
 
 from checkpoints.store import CheckpointStore
 from core.registry import load_plugin
-from evaluation.contracts.parity import compare, filled, start
+from evaluation.contracts.parity import compare, filled, on_meta, start
 from evaluation.contracts.probe import Probe
 from evaluation.contracts.ranks import Ranks
 from model.output import Batch
+from model.roles import roles
 from parallel.layout import AXES
 
 TOLERANCE = 1e-5
@@ -26,11 +27,15 @@ differs by a factor.
 
 @dataclass(frozen=True)
 class Contract:
-    """A layout to compare with one process. `needs` are the names a mechanism may declare."""
+    """A layout to compare with one process. `needs` are the names a mechanism may declare.
+
+    experts: it says nothing about models without experts.
+    """
 
     layout: dict[str, Any]
     needs: tuple[str, ...]
     recompute: str = "none"
+    experts: bool = False
 
     @property
     def world(self) -> int:
@@ -44,6 +49,7 @@ CONTRACTS = {
     "fsdp": Contract({"fsdp": 2}, ("fsdp",)),
     "replicate": Contract({"replicate": 2, "fsdp": 1}, ("replicate",)),
     "cp": Contract({"cp": 2}, ("language", "cp")),
+    "ep": Contract({"ep": 2}, ("fsdp", "ep"), experts=True),
     "tp_fsdp": Contract({"tp": 2, "fsdp": 2}, ("tp", "fsdp")),
     "sp_replicate": Contract(
         {"tp": 2, "sequence_parallel": True, "replicate": 2, "fsdp": 1}, ("tp", "sp", "replicate")
@@ -53,8 +59,18 @@ CONTRACTS = {
         {"cp": 2, "tp": 2, "sequence_parallel": True}, ("language", "cp", "tp", "sp")
     ),
     "cp_fsdp": Contract({"cp": 2, "fsdp": 2}, ("language", "cp", "fsdp")),
+    "tp_ep": Contract({"tp": 2, "ep": 2}, ("tp", "fsdp", "ep"), experts=True),
+    "ep_fsdp": Contract({"ep": 2, "fsdp": 2}, ("fsdp", "ep"), experts=True),
 }
 """Contracts of 1, 2 and 4 processes, by name; those of 4 belong to the slow tests."""
+
+
+def concerns(name: str, subject: Probe) -> bool:
+    """Whether a contract says something about a mechanism."""
+    if not CONTRACTS[name].experts:
+        return True
+    known = roles(on_meta(subject.config))
+    return any(role.expert is not None for role in known.values())
 
 
 def prove(name: str, subject: Probe, ranks: Ranks | None, plugins: tuple[str, ...] = ()) -> None:

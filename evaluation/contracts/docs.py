@@ -22,6 +22,8 @@ MEANINGS = {
     "sp": "the same with sequence parallelism",
     "fsdp": "the same for FSDP2 over 2",
     "replicate": "the same for data parallelism over 2",
+    "cp": "the same for context parallelism over 2, attention by ring",
+    "ep": "the same for expert parallelism over 2, where there are experts",
     "recompute": "the same with activation recomputation",
     "reshard": "a checkpoint of two processes is read by one, bit for bit",
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from core.errors import UserError
 from core.registry import Entry
-from evaluation.contracts.distributed import CONTRACTS, prove, reshard
+from evaluation.contracts.distributed import CONTRACTS, concerns, prove, reshard
 from evaluation.contracts.local import PROOFS, applies
 from evaluation.contracts.probe import probe
 from evaluation.contracts.ranks import Ranks
@@ -27,7 +27,7 @@ def run(
             elif applies(contract, subject):
                 yield _result(name, contract, lambda p=proof, s=subject: p(s))
         for contract, held in CONTRACTS.items():
-            if held.world > (1 if ranks is None else 2):
+            if held.world > (1 if ranks is None else 2) or not concerns(contract, subject):
                 continue
             reason = next((r for need in held.needs if (r := declared(entry, need))), None)
             if reason is not None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.contracts.distributed import CONTRACTS, prove, reshard
+from evaluation.contracts.distributed import CONTRACTS, concerns, prove, reshard
 from evaluation.contracts.probe import mechanisms, probe
 from evaluation.contracts.report import declared
 
@@ -14,7 +14,9 @@ def cases(world):
         (name, label)
         for name, entry in ENTRIES.items()
         for label, contract in CONTRACTS.items()
-        if contract.world == world and not any(declared(entry, need) for need in contract.needs)
+        if contract.world == world
+        and not any(declared(entry, need) for need in contract.needs)
+        and concerns(label, probe(entry))
     ]
 
 
