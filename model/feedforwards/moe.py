@@ -131,7 +131,7 @@ class MoE(nn.Module):
         chosen_Nk, weights_Nk = routing.chosen.flatten(0, 1), routing.weights.flatten(0, 1)
         dropped = logits_BTE.new_zeros(())
         if self.mode == "dropless" or (stream is not None and stream.cache is not None):
-            y_ND = self.experts.dropless(x_ND, chosen_Nk, weights_Nk)
+            finish = self.experts.begin_dropless(x_ND, chosen_Nk, weights_Nk)
         else:
             place_BTk = places(routing.chosen, self.experts.experts)
             room = capacity(x_BTD.shape[1], self.top_k, self.experts.experts, self.factor)
@@ -140,12 +140,14 @@ class MoE(nn.Module):
             # Samples stand one behind another in an expert's row of slots, `room` for each.
             sample_B = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None, None]
             total = room * x_BTD.shape[0]
-            place_BTk = torch.where(over_BTk, total, place_BTk + sample_B * room)
-            y_ND = self.experts.capped(x_ND, chosen_Nk, weights_Nk, place_BTk.flatten(0, 1), total)
+            place_Nk = torch.where(over_BTk, total, place_BTk + sample_B * room).flatten(0, 1)
+            finish = self.experts.begin_capped(x_ND, chosen_Nk, weights_Nk, place_Nk, total)
+        shared_BTD = None if self.shared is None else self.shared(x_BTD)  # while tokens travel
         if stream is not None:
             self._report(routing, dropped, stream)
+        y_ND = finish()
         y_BTD: Tensor = self.axis.ops.leave(y_ND.view(*x_BTD.shape[:-1], -1).to(x_BTD.dtype))
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+        return y_BTD if shared_BTD is None else y_BTD + shared_BTD
 
     def _jittered(self, x_BTD: Tensor) -> Tensor:
         if not self.jitter or not self.training:
