@@ -109,7 +109,10 @@ def count(model: nn.Module, batch: Batch | None = None) -> Count:
     found = Count(sum(by_part.values()), sum(active.values()), dict(by_kind))
     found.by_part, found.active_by_part = ({p: c[p] for p in PARTS} for c in (by_part, active))
     if batch is not None:
-        flops = _flops(model, batch, part_of)
+        flops: Counter[str] = Counter()
+        for name, operations in flops_by_module(model, batch).items():
+            head = isinstance(model.get_submodule(name), VocabHead)
+            flops["head" if head else _holder(name, part_of, "other")] += operations
         found.forward_flops, found.flops_by_part = sum(flops.values()), dict(flops)
     return found
 
@@ -137,23 +140,22 @@ def _holder(name: str, of: dict[str, Any], default: Any) -> Any:
     return of.get("", default)
 
 
-def _flops(model: nn.Module, batch: Batch, part_of: dict[str, str]) -> Counter[str]:
-    """Forward operations per part: every module that states its own is asked on its inputs."""
+def flops_by_module(model: nn.Module, batch: Batch) -> Counter[str]:
+    """Forward operations by the name of the module that states them, asked on its inputs."""
     ghost = _ghost(model)
     flops: Counter[str] = Counter()
     for name, module in _stating(ghost):
-        part = "head" if isinstance(module, VocabHead) else _holder(name, part_of, "other")
         if isinstance(module, Mixer):
-            _before(module, "forward", _adding(flops, part, module.forward_math_flops))
+            _before(module, "forward", _adding(flops, name, module.forward_math_flops))
         elif isinstance(module, VocabHead):
             # Its loss is another way in, taken where there are targets.
-            _before(module, "forward", _adding(flops, part, module.flops))
-            _before(module, "loss", _adding(flops, part, module.flops))
+            _before(module, "forward", _adding(flops, name, module.flops))
+            _before(module, "loss", _adding(flops, name, module.flops))
         elif isinstance(module, Leaf):
-            _before(module, "forward", _adding(flops, part, module.flops))
+            _before(module, "forward", _adding(flops, name, module.flops))
         else:
             # Such a module speaks for its children, and may route by values, which a ghost lacks.
-            counted = _adding(flops, part, module.flops)  # type: ignore[arg-type]
+            counted = _adding(flops, name, module.flops)  # type: ignore[arg-type]
             _replace(module, counted)
     with torch.no_grad():
         ghost({name: value.to("meta") for name, value in batch.items()})
@@ -187,9 +189,9 @@ def _ghost(model: nn.Module) -> nn.Module:
     return ghost
 
 
-def _adding(flops: Counter[str], part: str, stated: Callable[..., int]) -> Callable[..., None]:
+def _adding(flops: Counter[str], name: str, stated: Callable[..., int]) -> Callable[..., None]:
     def add(*inputs: Any) -> None:
-        flops[part] += stated(*inputs)
+        flops[name] += stated(*inputs)
 
     return add
 

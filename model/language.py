@@ -21,6 +21,7 @@ from model.output import Batch, ModelOutput
 from model.positions.base import position_for
 from model.stack import Stack
 from model.stream import Stream
+from model.units import Unit
 
 
 def as_pattern(value: Any) -> Any:
@@ -83,6 +84,7 @@ class LanguageModel(nn.Module):
                 "set them, e.g. model.vocab=4096 model.max_length=512"
             )
         self.config, self.init = config, config.init
+        self.max_length = config.max_length
         both = config.architecture == "encoder_decoder"
         encoder_depth = (config.encoder_depth or config.depth) if both else 0
         self.depth = config.depth + encoder_depth
@@ -119,8 +121,11 @@ class LanguageModel(nn.Module):
             stream.hidden = stream.hidden[:, -1:]
         return self.finish(stream, batch)
 
-    def embed(self, batch: Batch, cache: Cache | None = None) -> Stream:
-        """The stream that enters the decoder's first block."""
+    def embed(
+        self, batch: Batch, cache: Cache | None = None, encoded: Stream | None = None
+    ) -> Stream:
+        """The stream that enters the decoder's first block; `encoded`: the encoder's, if it has
+        run already."""
         masked = self.config.mask_documents
         tokens = batch["tokens"]
         if cache is not None:
@@ -130,25 +135,32 @@ class LanguageModel(nn.Module):
             stream = self._open(tokens, batch.get("documents"), batch.get("positions"))
         else:
             stream = self._open(tokens, None, None)
-        if self.encoder is not None:
+        if self.encoder is not None and encoded is None:
             encoded = (
                 self._encode(batch)
                 if cache is None
                 else cache.once("encoder", lambda: self._encode(batch))
             )
+        if encoded is not None:
             stream.memory, stream.memory_documents = encoded.hidden, encoded.documents
             stream.losses, stream.metrics = dict(encoded.losses), dict(encoded.metrics)
         return stream
 
     def _encode(self, batch: Batch) -> Stream:
-        """The encoder's stream, its hidden states entered once here, so that every cross-attention
-        reads the same gathered memory."""
         assert self.encoder is not None
+        return self._entered(self.encoder(self._open_source(batch)))
+
+    def _open_source(self, batch: Batch) -> Stream:
+        """The stream that enters the encoder's first block."""
         if "source" not in batch:
             raise UserError("an encoder_decoder's batch needs 'source' tokens")
         documents = batch.get("source_documents") if self.config.mask_documents else None
-        encoded: Stream = self.encoder(self._open(batch["source"], documents, None))
-        ops = self.axis.ops
+        return self._open(batch["source"], documents, None)
+
+    def _entered(self, encoded: Stream) -> Stream:
+        """The encoder's stream, its hidden states entered once here, so that every cross-attention
+        reads the same gathered memory."""
+        encoded, ops = encoded.copy(), self.axis.ops
         encoded.hidden = ops.context.whole(ops.enter(encoded.hidden))
         return encoded
 
@@ -174,3 +186,34 @@ class LanguageModel(nn.Module):
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
         return ModelOutput(losses, logits, stream.losses, stream.metrics, stream)
+
+    def units(self) -> list[Unit]:
+        """The steps before `finish`."""
+        opening = tuple(
+            name
+            for name, module in (("embedding", self.embedding), ("position", self.position))
+            if module is not None and any(True for _ in module.parameters())
+        )
+        if self.encoder is None:
+            return [Unit(opening, lambda _, batch: self.embed(batch)), *self.stack.units("stack")]
+
+        def join(encoded: Stream | None, batch: Batch) -> Stream:
+            assert encoded is not None
+            return self.embed(batch, encoded=self._entered(encoded))
+
+        return [
+            Unit(opening, lambda _, batch: self._open_source(batch)),
+            *self.encoder.units("encoder"),
+            Unit(opening, join),
+            *self.stack.units("stack"),
+        ]
+
+    def ending(self) -> tuple[str, ...]:
+        """The names of the modules that `finish` calls."""
+        return ("head", "embedding") if self.config.tie_embeddings else ("head",)
+
+    def example(self) -> Batch:
+        """A batch of one sample on the meta device."""
+        tokens = torch.empty(1, self.max_length, dtype=torch.int64, device="meta")
+        batch = {"tokens": tokens, "targets": tokens}
+        return batch if self.encoder is None else {**batch, "source": tokens}

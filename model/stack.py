@@ -9,7 +9,9 @@ from torch import nn
 from core.errors import UserError
 from core.registry import build
 from model.block import Block, BlockConfig
+from model.output import Batch
 from model.stream import Stream
+from model.units import Unit
 
 
 class Stack(nn.Module):
@@ -68,13 +70,35 @@ class Stack(nn.Module):
     def begin(self, stream: Stream) -> Stream:
         """Open the residual topology on a copy of the stream."""
         stream = stream.copy()
-        self.blocks[0].residuals[0].begin(stream)  # type: ignore[index,union-attr]
+        first = next(self.blocks.children())  # a pipeline stage holds only its own blocks
+        first.residuals[0].begin(stream)  # type: ignore[index,union-attr]
         return stream
 
     def finish(self, stream: Stream) -> Stream:
         """Join the residual topology and normalise."""
         stream = stream.copy()
-        self.blocks[-1].residuals[-1].finish(stream)  # type: ignore[index,union-attr]
+        *_, last = self.blocks.children()
+        last.residuals[-1].finish(stream)  # type: ignore[index,union-attr]
         if self.norm is not None:
             stream.hidden = self.norm(stream.hidden)
         return stream
+
+    def units(self, name: str) -> list[Unit]:
+        """A step for each block; the first begins the stack, the last finishes it.
+
+        Args:
+            name: the stack's own in the model.
+        """
+        ends = (0, len(self.blocks) - 1)
+        return [
+            self._unit(f"{name}.blocks.{index}", block, index == ends[0], index == ends[1], name)
+            for index, block in enumerate(self.blocks)
+        ]
+
+    def _unit(self, own: str, block: nn.Module, first: bool, last: bool, name: str) -> Unit:
+        def run(stream: Stream | None, batch: Batch) -> Stream:
+            assert stream is not None
+            stream = block(self.begin(stream) if first else stream)
+            return self.finish(stream) if last else stream
+
+        return Unit((own, f"{name}.norm") if last and self.norm is not None else (own,), run)

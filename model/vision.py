@@ -25,6 +25,7 @@ from model.precision import at_least_float32
 from model.stack import Stack
 from model.stems.base import Grid, Stem
 from model.stream import Stream
+from model.units import Unit
 from model.vision_heads import Classifier, Pool, Reconstruct, Reconstruction
 
 _Positive = Annotated[int, Field(gt=0)]
@@ -249,6 +250,29 @@ class VisionModel(nn.Module):
         elif "targets" in batch:
             raise UserError("targets need a head: set model.classes")
         return ModelOutput(losses, logits, stream.losses, stream.metrics, stream)
+
+    def units(self) -> list[Unit]:
+        """The steps before `finish`."""
+        names = ("stem", "prefix", "mask_token", "position")
+        opening = tuple(name for name in names if getattr(self, name) is not None)
+        found = [Unit(opening, lambda _, batch: self.embed(batch))]
+        for index, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            first, *others = stage.stack.units(f"stages.{index}.stack")
+            if stage.resample is not None:
+                first = first.after(stage.enter, (f"stages.{index}.resample",))
+            found += [first, *others]
+        return found
+
+    def ending(self) -> tuple[str, ...]:
+        """The names of the modules that `finish` calls."""
+        return tuple(name for name in ("head", "reconstruction") if getattr(self, name) is not None)
+
+    def example(self) -> Batch:
+        """A batch of one sample on the meta device."""
+        channels = self.config.channels
+        assert isinstance(channels, int)
+        return {"images": torch.empty(1, channels, *self.image_size, device="meta")}
 
     def features(self, batch: Batch) -> list[tuple[Tensor, Grid]]:
         """Before the last norm: each stage's tokens [B, rows·columns, D] and grid.

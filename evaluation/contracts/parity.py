@@ -114,23 +114,51 @@ def filled(config: Any, seed: int, stirred: bool) -> nn.Module:
     return model
 
 
-def single(config: Any, batch: Batch, *, seed: int = 0, stirred: bool = False) -> Measured:
-    """The plain model on one process."""
+def single(
+    config: Any,
+    batch: Batch,
+    *,
+    seed: int = 0,
+    stirred: bool = False,
+    micro_batches: int = 1,
+    data_size: int = 1,
+) -> Measured:
+    """The plain model on one process.
+
+    Micro-batches are those of `data_size` ranks, whose shares they cut: what is counted over a
+    micro-batch, as the experts' load is, depends on it.
+    """
     model = filled(config, seed, stirred)
     model.train()
     loss = Loss()
-    sums = loss(model, batch)
-    total = sums["loss"] / sums["count"]
-    if "auxiliary" in sums:
-        total = total + sums["auxiliary"] / sums["samples"]
-    total.backward()
+    counts = loss.counts(batch)
+    total = 0.0
+    for part in _micro_batches(batch, micro_batches, data_size):
+        sums = loss(model, part)
+        root = sums["loss"] / counts["count"]
+        if "auxiliary" in sums:
+            root = root + sums["auxiliary"] / counts["samples"]
+        root.backward()
+        total += float(root.detach())
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
     norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
-    return Measured(loss.outputs[0], gradients, norm.float(), [float(total.detach())])
+    shares = [output.chunk(data_size) for output in loss.outputs]
+    output = torch.cat([part[rank] for rank in range(data_size) for part in shares])
+    return Measured(output, gradients, norm.float(), [total])
+
+
+def _micro_batches(batch: Batch, count: int, data_size: int) -> Iterator[Batch]:
+    """The samples that all data ranks take at a time."""
+    cut = {
+        key: [share.chunk(count) for share in value.chunk(data_size)]
+        for key, value in batch.items()
+    }
+    for index in range(count):
+        yield {key: torch.cat([share[index] for share in cut[key]]) for key in cut}
 
 
 def world() -> tuple[int, int]:
@@ -144,7 +172,9 @@ def start(layout: dict[str, Any], config: Any, *, seed: int = 0, **prepare: Any)
     """On a rank: an engine over the pool's world, the model prepared."""
     parallel = ParallelConfig(**layout)
     placed = Layout.of(parallel, *world())
-    engine = NativeEngine(placed, torch.device("cpu"), parallel)
+    engine: NativeEngine = parallel.engine.build(
+        layout=placed, device=torch.device("cpu"), config=parallel
+    )
     engine.prepare(on_meta(config), seed=seed, **prepare)
     engine.model.train()
     return engine
@@ -222,9 +252,21 @@ def compare(
         stirred: move every parameter off its first value.
         ranks: the pool; None runs the engine on this process alone.
     """
-    wanted = single(config, batch, seed=seed, stirred=stirred)
     found: dict[str, Errors] = {}
+    references: dict[int, Measured] = {}
+    size = ranks.size if ranks is not None else 1
     for name, layout in layouts.items():
+        data = Layout.of(ParallelConfig(**layout), size).data_size if micro_batches > 1 else 1
+        if data not in references:
+            references[data] = single(
+                config,
+                batch,
+                seed=seed,
+                stirred=stirred,
+                micro_batches=micro_batches,
+                data_size=data,
+            )
+        wanted = references[data]
         asked = (layout, config, batch, seed, micro_batches, prepare, stirred)
         answers = ranks.run(measure, *asked) if ranks is not None else [measure(*asked)]
         worst = [errors(each, wanted) for each in _models(answers)]

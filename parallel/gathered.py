@@ -1,0 +1,40 @@
+"""FSDP2 under a schedule of our own: parameters are gathered once a step and gradients reduced once.
+
+FSDP2 follows whole backward passes; a pipeline runs parts of several, in two halves even. So its
+parameters stay gathered from their first use in a step, its gradients are summed up unreduced, and
+what FSDP2 would do at the end of the last backward pass is done when the engine says so.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Begin a step: nothing is let go, nothing reduced, until `reduce_gradients`."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False)
+    model.set_reshard_after_backward(False)
+    model.set_requires_gradient_sync(False)
+    model.set_is_last_backward(False)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """End a step: every gradient is reduced to this rank's shard, every parameter let go."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_backward(True)
+    model.set_requires_gradient_sync(True)
+    model.set_is_last_backward(True)
+    root = fully_shard.state(model)  # type: ignore[attr-defined]
+    for state in reversed(root._state_ctx.all_states):
+        for group in state._fsdp_param_groups:
+            group.post_backward()
+    root._root_post_backward_final_callback()
+
+
+def let_go(model: nn.Module) -> None:
+    """Drop gathered parameters, all but the outermost module's, which may be running."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:
+            module.reshard()

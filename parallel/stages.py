@@ -1,0 +1,153 @@
+"""Which steps of a model each pipeline stage runs, and a model reduced to what one rank runs.
+
+A stage here is a consecutive run of a model's units (`model/units.py`); a rank may hold several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from core.errors import UserError
+from model.accounting import flops_by_module
+from model.output import Batch
+from model.stream import Stream
+from model.units import Unit
+
+
+class Chunk(nn.Module):
+    """The units of one stage: stream and batch → stream; the first stage is given no stream."""
+
+    def __init__(self, units: Sequence[Unit], modules: dict[str, nn.Module]):
+        super().__init__()
+        self.units = tuple(units)
+        for name, module in modules.items():
+            self.add_module(name.replace(".", "_"), module)
+
+    def forward(self, stream: Stream | None, batch: Batch) -> Stream:
+        for unit in self.units:
+            stream = unit.run(stream, batch)
+        assert stream is not None
+        return stream
+
+
+class Stages:
+    """A model, built whole on the meta device, divided into stages of about equal cost.
+
+    Args:
+        count: how many stages; each gets at least one unit, or the end of the model.
+
+    Raises:
+        UserError: if the model has too few units.
+    """
+
+    def __init__(self, model: nn.Module, count: int):
+        if not hasattr(model, "units"):
+            raise UserError(f"parallel.pp: {type(model).__name__} does not say where to cut it")
+        pipelined: Any = model
+        self.units: list[Unit] = pipelined.units()
+        self.end: tuple[str, ...] = pipelined.ending()
+        if count > len(self.units) + 1:
+            raise UserError(
+                f"parallel.pp: {count} stages are too many for this model, which can be cut into "
+                f"{len(self.units) + 1} at most; lower pp or virtual_stages, or raise model.depth"
+            )
+        self.costs = _costs(model, [*(unit.modules for unit in self.units), self.end])
+        self.bounds = divide(self.costs, count)
+
+    def of(self, stage: int) -> list[Unit]:
+        """The units of a stage; the model's end, which is the last stage's, is not among them."""
+        return self.units[self.bounds[stage] : self.bounds[stage + 1]]
+
+    def modules(self, stage: int) -> list[str]:
+        """The names of the modules with parameters that a stage calls, each once."""
+        found = [name for unit in self.of(stage) for name in unit.modules]
+        if stage == len(self.bounds) - 2:
+            found += self.end
+        return list(dict.fromkeys(found))
+
+    def holders(self, model: nn.Module, rank_of: Sequence[int]) -> dict[str, list[int]]:
+        """Every parameter's name → the pipeline ranks that hold it, ascending.
+
+        Args:
+            rank_of: the rank of each stage.
+        """
+        found: dict[str, set[int]] = {name: set() for name, _ in model.named_parameters()}
+        for stage, rank in enumerate(rank_of):
+            for name in self.modules(stage):
+                for below, _ in model.get_submodule(name).named_parameters(prefix=name):
+                    found[below].add(rank)
+        lost = [name for name, ranks in found.items() if not ranks]
+        assert not lost, f"no unit calls the module that holds {lost[0]}"
+        return {name: sorted(ranks) for name, ranks in found.items()}
+
+    def take(self, model: nn.Module, stages: Sequence[int]) -> list[Chunk]:
+        """Drop from the model what these stages do not call; returns them, ready to run."""
+        kept = {stage: self.modules(stage) for stage in stages}
+        _prune(model, {name for names in kept.values() for name in names})
+        return [
+            Chunk(self.of(stage), {name: model.get_submodule(name) for name in names})
+            for stage, names in kept.items()
+        ]
+
+
+def _costs(model: nn.Module, groups: list[tuple[str, ...]]) -> list[float]:
+    """The forward operations of each group of modules, for one sample."""
+    pipelined: Any = model
+    flops = flops_by_module(model, pipelined.example())
+
+    def below(name: str) -> float:
+        return sum(n for path, n in flops.items() if path == name or path.startswith(f"{name}."))
+
+    return [float(sum(below(name) for name in names)) for names in groups]
+
+
+def divide(costs: Sequence[float], parts: int) -> list[int]:
+    """Cut a row of costs into consecutive parts, none empty, so that the dearest costs least.
+
+    Of the cuts that do, the most even one; parts+1 indices, from 0 to the row's length.
+    """
+    assert 1 <= parts <= len(costs)
+    highest = _least(costs, parts, lambda so_far, part: max(so_far, part))[0]
+    _, cuts = _least(
+        costs,
+        parts,
+        lambda so_far, part: so_far + (part * part if part <= highest else float("inf")),
+    )
+    return cuts
+
+
+def _least(costs: Sequence[float], parts: int, join: Any) -> tuple[float, list[int]]:
+    """The least value of `join` folded over the parts' costs, and the cuts that give it."""
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    count = len(costs)
+    best: list[tuple[float, list[int]]] = [(0.0, [0])] + [(float("inf"), [])] * count
+    for part in range(1, parts + 1):
+        now: list[tuple[float, list[int]]] = [(float("inf"), [])] * (count + 1)
+        for end in range(part, count - (parts - part) + 1):
+            choices = (
+                (join(best[start][0], sums[end] - sums[start]), [*best[start][1], end])
+                for start in range(part - 1, end)
+                if best[start][1]
+            )
+            now[end] = min(choices, key=lambda choice: choice[0], default=now[end])
+        best = now
+    return best[count]
+
+
+def _prune(module: nn.Module, kept: set[str], prefix: str = "") -> None:
+    """Drop the modules with parameters that are not in `kept`, nor below it, nor above it."""
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}"
+        if path in kept or not any(True for _ in child.parameters()):
+            continue
+        if any(other.startswith(f"{path}.") for other in kept):
+            _prune(child, kept, f"{path}.")
+        elif isinstance(module, nn.ModuleList | nn.ModuleDict):
+            del module._modules[name]  # the others keep their names
+        else:
+            setattr(module, name, None)
