@@ -2,4 +2,4 @@
 
 from core.registry import load_from
 
-load_from("engine", "parallel.native")
+load_from("engine", "parallel.native", "parallel.megatron_engine")
