@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from core.registry import PartConfig
 from model.output import Batch
 from parallel.layout import Layout
 
@@ -27,6 +28,26 @@ as soon as a step has several micro-batches, for then two divisors cannot be app
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "block", "selective"]
+
+
+class Stepper(Protocol):
+    """An optimizer that an engine keeps, because it cuts up the state or the update itself."""
+
+    lr: float
+    """The peak learning rate."""
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` of the peak learning rate."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+
+    def state(self) -> dict[str, Any]:
+        """The state as `training`'s optimizers of the same name have it, for checkpoints."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a `state()` whose tensors were filled in place."""
 
 
 class Engine(Protocol):
@@ -64,6 +85,17 @@ class Engine(Protocol):
         Raises:
             UserError: if the model cannot run under this layout.
         """
+
+    def optimizer(self, spec: PartConfig) -> Stepper | None:
+        """The optimizer of a config, where the engine must keep it; called after `prepare`.
+
+        Returns:
+            None where `training` builds it on `model.named_parameters()`.
+
+        Raises:
+            UserError: if this engine cannot keep that optimizer.
+        """
+        ...
 
     def forward_backward(self, batches: list[Batch], loss: LossFunction) -> Sums:
         """Set the gradients of one step; every rank brings as many micro-batches.

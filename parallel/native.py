@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError, hint
 from core.hashing import stable_hash
-from core.registry import register
+from core.registry import PartConfig, register
 from model.output import Batch
 from model.roles import roles
 from parallel.check import check_model
@@ -107,19 +107,23 @@ class NativeEngine:
         }
         if self.mesh is not None:
             split_model(model, self.mesh.axes, self.layout)
-        if tp > 1:
-            self._partial = partial_names(model, self.layout.sequence_parallel)
-        operations = self._operations(lazy=not compile)
-        bind(model, operations)
-        if self.layout.cp > 1:
-            shares = tp if self.layout.sequence_parallel else 1
-            context = RankContext(self._group("cp"), self.layout.cp_method, shares)
-            bind_context(model, operations, context)
+        self._bind(model, lazy=not compile)
         wrap_blocks(model, recompute, compile)
         if self._sharded:
             assert self.mesh is not None
             mesh, bf16 = self.mesh, precision == "bf16"
             split_data(model, mesh.shard, mesh.expert_shard, bf16, self.config.keep_gathered)
+
+    def _bind(self, model: nn.Module, lazy: bool) -> None:
+        """Give leaves and mechanisms the operations of the axes that are divided."""
+        if self.layout.tp > 1:
+            self._partial = partial_names(model, self.layout.sequence_parallel)
+        operations = self._operations(lazy)
+        bind(model, operations)
+        if self.layout.cp > 1:
+            shares = self.layout.tp if self.layout.sequence_parallel else 1
+            context = RankContext(self._group("cp"), self.layout.cp_method, shares)
+            bind_context(model, operations, context)
 
     def _operations(self, lazy: bool) -> DataOperations:
         operations = DataOperations(self._data)
@@ -129,6 +133,9 @@ class NativeEngine:
         if self.layout.ep > 1:
             operations.dispatch = ExpertDispatch(self._group("ep"), lazy)
         return operations
+
+    def optimizer(self, spec: PartConfig) -> None:
+        """The trainer's own optimizer works on the parameters as they are."""
 
     def seed(self, seed: int) -> None:
         """Seed torch's generators: apart over the data axes, alike over the tensor axis.

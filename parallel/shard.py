@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,13 +124,26 @@ def split_data(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def local_part(whole: Tensor, role: Role, layout: Layout) -> Tensor:
-    """This rank's part of a parameter: first the expert and tensor axes, then FSDP's rows."""
-    at = layout.coordinates
+def box(shape: Sequence[int], role: Role, layout: Layout) -> tuple[list[int], list[int]]:
+    """Where this rank's part over the expert and tensor axes begins, and its shape."""
+    at, start, sizes = layout.coordinates, [0] * len(shape), list(shape)
     for axis, dim in _divided(role, layout).items():
         if dim is not None:
-            size = whole.shape[dim] // getattr(layout, axis)
-            whole = whole.narrow(dim, at[axis] * size, size)
+            sizes[dim] //= getattr(layout, axis)
+            start[dim] += at[axis] * sizes[dim]
+    return start, sizes
+
+
+def boxed(whole: Tensor, role: Role, layout: Layout) -> Tensor:
+    """This rank's part of a parameter over the expert and tensor axes."""
+    for dim, (start, size) in enumerate(zip(*box(whole.shape, role, layout), strict=True)):
+        whole = whole.narrow(dim, start, size)
+    return whole
+
+
+def local_part(whole: Tensor, role: Role, layout: Layout) -> Tensor:
+    """This rank's part of a parameter: first the expert and tensor axes, then FSDP's rows."""
+    whole = boxed(whole, role, layout)
     if role.expert is not None and layout.ep > 1:
         shards, index = layout.expert_shard, layout.expert_shard_rank
     else:
