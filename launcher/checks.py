@@ -14,6 +14,7 @@ from core.registry import PartConfig
 from data_pipeline.data import Data
 from launcher.config import RunConfig
 from model.language import LanguageConfig
+from parallel.context import tokens_unit
 
 
 def wrong(source: Source, key: str, message: str) -> UserError:
@@ -37,6 +38,16 @@ def check(config: RunConfig, source: Source) -> None:
                 "data.sequence",
                 f"{config.data.sequence} tokens do not fit model.max_length ({limit}); "
                 f"lower the one or raise the other",
+            )
+        parallel = config.parallel
+        shares = parallel.tp if parallel.sequence_parallel else 1
+        unit = tokens_unit(parallel.cp, shares) if parallel.cp > 1 else 1
+        if config.data.sequence % unit:
+            raise wrong(
+                source,
+                "data.sequence",
+                f"parallel.cp: {parallel.cp} divides tokens in multiples of {unit}, which "
+                f"{config.data.sequence} is not; use {-(-config.data.sequence // unit) * unit}",
             )
 
 

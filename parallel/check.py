@@ -13,6 +13,7 @@ from core.config import Config
 from core.errors import UserError
 from core.registry import Entry, PartConfig, entries
 from model.roles import Role, roles
+from parallel.heads import divides
 from parallel.layout import Layout
 
 
@@ -45,6 +46,8 @@ def check_model(
         for contract, reason in entry.cannot.items():
             if asked.get(contract):
                 raise UserError(f"{entry.slot} '{entry.name}' cannot do {contract}: {reason}")
+    if layout.cp > 1:
+        _check_context(layout, model)
     known, tp = roles(model), layout.tp
     _check_experts(layout.ep, {n: p.shape for n, p in model.named_parameters()}, known)
     if tp == 1:
@@ -66,6 +69,36 @@ def check_model(
                 f"parallel.tp: {tp} does not divide axis {split} ({size}) of {name}; "
                 f"{_fits(size, tp)}{more}"
             )
+
+
+def _check_context(layout: Layout, model: nn.Module) -> None:
+    """Whether tokens can be divided, and attention see them all by the layout's method."""
+    cp, method = layout.cp, layout.cp_method
+    if not getattr(model, "divides_tokens", False):
+        raise UserError(
+            f"parallel.cp: {cp} divides the tokens of a text; an image's are few, and their "
+            "mixers need the whole grid: use parallel.cp=1, and parallel.tp with "
+            "parallel.sequence_parallel=true where memory is short"
+        )
+    for path, module in model.named_modules():
+        if getattr(module, "context", None) != "attention":
+            continue
+        backend = getattr(module, "backend", "auto")
+        if method == "ring" and backend != "auto":
+            raise UserError(
+                f"parallel.cp_method: ring computes attention block by block, not by backend "
+                f"'{backend}', which {path} asks for; leave backend: auto, or use "
+                "parallel.cp_method=heads or gather"
+            )
+        if method == "heads":
+            sizes: dict[str, int] = module.split_sizes()
+            heads, kv_heads = (sizes[name] // layout.tp for name in ("heads", "kv_heads"))
+            if not divides(heads, kv_heads, cp):
+                raise UserError(
+                    f"parallel.cp: {cp} does not divide the {heads} heads and {kv_heads} "
+                    f"key-value heads that a rank holds of {path}, which parallel.cp_method: "
+                    "heads needs; use parallel.cp_method=ring or gather"
+                )
 
 
 def _check_experts(ep: int, shapes: dict[str, torch.Size], known: dict[str, Role]) -> None:

@@ -186,13 +186,19 @@ class RankContext(Context):
         return torch.cat(parts, 2)
 
 
+def tokens_unit(ranks: int, shares: int = 1) -> int:
+    """What the tokens of a sample must be a multiple of: each rank holds two chunks of a size, and
+    `shares` ranks divide its tokens again."""
+    return ranks * math.lcm(2, shares)
+
+
 def check_tokens(tokens: int, ranks: int, shares: int = 1) -> None:
     """Whether so many tokens can be divided between the ranks of the context axis.
 
     Raises:
         UserError: with the nearest number that can.
     """
-    unit = ranks * math.lcm(2, shares)
+    unit = tokens_unit(ranks, shares)
     if tokens % unit:
         beside = f", each of them between {shares} by sequence parallelism" if shares > 1 else ""
         raise UserError(

@@ -147,6 +147,12 @@ def test_sequence_longer_than_the_model_reads(tiny, capsys):
     assert "data.sequence" in said and "model.max_length (8)" in said
 
 
+def test_sequence_that_the_context_axis_cannot_divide(tiny, capsys):
+    said = mistake(capsys, "train", tiny, "parallel.cp=2", "data.sequence=18")
+    assert "data.sequence: parallel.cp: 2 divides tokens in multiples of 4" in said
+    assert said.endswith("which 18 is not; use 20")
+
+
 def test_vocabulary_too_small_for_the_tokenizer(tiny, capsys):
     said = mistake(capsys, "train", tiny, "model.vocab=5")
     assert "command line: model.vocab: 5 is too small" in said
