@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -84,22 +84,24 @@ def split_data(
     )
     known = roles(model)
     experts = {
-        id(parameter)
+        id(parameter): known[name]
         for name, parameter in model.named_parameters()
         if known[name].expert is not None
     }
-    placed: Any = None
-    if experts and shard is not expert_shard:
-        hybrid = expert_shard.ndim == 2
-        info: FSDPMeshInfo = (
+    own: FSDPMeshInfo | None = None
+    if shard is not expert_shard:
+        own = (
             HSDPMeshInfo(expert_shard, shard_mesh_dim=1, replicate_mesh_dim=0)
-            if hybrid
+            if expert_shard.ndim == 2
             else FSDPMeshInfo(expert_shard, shard_mesh_dim=0)
         )
+    shards = expert_shard.size(expert_shard.ndim - 1)
 
-        def placed(parameter: nn.Parameter) -> ShardPlacementResult | None:
-            mine = id(parameter) in experts
-            return ShardPlacementResult(placement=None, mesh_info=info) if mine else None
+    def placed(parameter: nn.Parameter) -> Shard | ShardPlacementResult | None:
+        if id(parameter) not in experts:
+            return None
+        dim = Shard(expert_dim(local(parameter).shape, shards))
+        return dim if own is None else ShardPlacementResult(placement=dim, mesh_info=own)
 
     for block in blocks(model):
         fully_shard(
@@ -142,16 +144,26 @@ def boxed(whole: Tensor, role: Role, layout: Layout) -> Tensor:
 
 
 def local_part(whole: Tensor, role: Role, layout: Layout) -> Tensor:
-    """This rank's part of a parameter: first the expert and tensor axes, then FSDP's rows."""
+    """This rank's part of a parameter: of the expert and tensor axes first, then of FSDP's."""
     whole = boxed(whole, role, layout)
     if role.expert is not None and layout.ep > 1:
         shards, index = layout.expert_shard, layout.expert_shard_rank
     else:
         shards, index = layout.shard, layout.shard_rank
     if shards > 1:
-        rows = whole.chunk(shards)
+        dim = 0 if role.expert is None else expert_dim(whole.shape, shards)
+        rows = whole.chunk(shards, dim)
         whole = rows[index] if index < len(rows) else whole[:0]
     return whole
+
+
+def expert_dim(shape: Sequence[int], shards: int) -> int:
+    """Which axis of a bank of experts FSDP divides: the experts', if they divide between shards.
+
+    A few experts on many shards would leave most of them without any, and pad every message.
+    """
+    divides = (dim for dim, size in enumerate(shape) if size % shards == 0)
+    return next(divides, 0)
 
 
 @torch.no_grad()
