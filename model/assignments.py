@@ -104,7 +104,7 @@ class Gather(Function):
     def forward(ctx: Any, y_PD: Tensor, weights_Nk: Tensor, to: Assignments) -> Tensor:
         ctx.to = to
         ctx.save_for_backward(y_PD, weights_Nk)
-        return torch.einsum("nk,nkd->nd", weights_Nk, _each(y_PD, to))
+        return (_each(y_PD, to) * weights_Nk[..., None]).sum(1)
 
     @staticmethod
     @once_differentiable

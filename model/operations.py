@@ -100,6 +100,14 @@ class Operations:
         """The mean over the data axes of a statistic of this rank's samples; no gradient."""
         return x.detach()
 
+    def data_sum(self, x: Tensor) -> Tensor:
+        """The sum over the data axes of a statistic of this rank's samples; no gradient."""
+        return x.detach()
+
+    def sample_mean(self, x_B: Tensor) -> Tensor:
+        """A mean over this rank's tokens of each sample → over all of them; no gradient."""
+        return x_B.detach()
+
     # The vocabulary.
 
     def embed(self, ids_BT: Tensor, weight_VD: Tensor) -> Tensor:

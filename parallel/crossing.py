@@ -45,6 +45,10 @@ class Crossing:
         """The mean over ranks of a statistic of the tokens that were given; no gradient."""
         return x
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks of a statistic of the tokens that were given; no gradient."""
+        return x
+
     def random(self, x: Tensor) -> Tensor:
         """Random numbers, alike on all ranks where they are for the same tokens or samples."""
         return x
@@ -65,6 +69,9 @@ class OwnTokens(Crossing):
     def mean(self, x: Tensor) -> Tensor:
         return all_reduce(x, self.context.group) / self.context.size
 
+    def total(self, x: Tensor) -> Tensor:
+        return all_reduce(x, self.context.group)
+
 
 class Outside(OwnTokens):
     """Outside of branches, where randomness is per sample."""
@@ -81,6 +88,9 @@ class AllTokens(Outside):
 
     def leave(self, y_BTD: Tensor) -> Tensor:
         return self.context.own(y_BTD)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
 
 
 def need(name: str, branch: nn.Module) -> Need:

@@ -73,6 +73,13 @@ class DataOperations(Operations):
         x = self.crossing.mean(x.detach())
         return x if self.data is None else all_reduce(x, self.data) / self.data.size()
 
+    def data_sum(self, x: Tensor) -> Tensor:
+        x = self.crossing.total(x.detach())
+        return x if self.data is None else all_reduce(x, self.data)
+
+    def sample_mean(self, x_B: Tensor) -> Tensor:
+        return self.crossing.mean(x_B.detach())
+
     def alike_random(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return self.crossing.random(super().alike_random(shape, device))
 

@@ -20,7 +20,18 @@ from model.experts import Experts
 from model.feedforwards.glu import GLU
 from model.feedforwards.mlp import MLP, hidden_width
 from model.leaves import Axis
-from model.routing import Router, Routing, Score, balance_loss, capacity, choose, places, z_loss
+from model.routing import (
+    Groups,
+    Router,
+    Routing,
+    Score,
+    balance_loss,
+    balancing,
+    capacity,
+    choose,
+    places,
+    z_loss,
+)
 from model.stream import Stream
 
 _Weight = Annotated[float, Field(ge=0)]
@@ -54,7 +65,18 @@ class MoE(nn.Module):
         score: how logits become weights, softmax over the experts or a sigmoid each (2412.19437).
         normalise: scale a token's weights to sum to one; top-1 then passes the router no gradient
             but that of the auxiliary losses.
+        scale: multiplies the weights, normalised or not.
+        groups: so many equal groups of neighbouring experts, as many as nodes or a multiple.
+        top_groups: a token's experts come from this many groups, those with the largest sum of
+            their best scores (2412.19437); all by default.
+        group_best: how many scores of a group are summed for that, top_k / top_groups by default;
+            1 chooses the groups that have the best expert (2405.04434).
+        bias_update: after each optimizer step a bias per expert, added to the scores for choosing
+            only, moves by this much towards even load: balance without a loss (Wang et al. 2024,
+            2408.15664); published with 0.001, score sigmoid and balance 0. 0: no biases.
         balance: weight of the load-balancing loss (2006.16668, 2101.03961).
+        balance_over: whose load the loss evens out, that of the global batch or of each sample
+            (as its scores alone would have it: the sequence-wise loss of 2412.19437).
         z: weight of the router's z-loss (Zoph et al. 2022, 2202.08906).
         jitter: in training the router's input is multiplied by uniform noise in 1 ± this
             (Fedus et al. 2021, 2101.03961).
@@ -81,7 +103,13 @@ class MoE(nn.Module):
         capacity_factor: Annotated[float, Field(gt=0)] = 1.25,
         score: Score = "softmax",
         normalise: bool = True,
+        scale: Annotated[float, Field(gt=0)] = 1.0,
+        groups: Annotated[int, Field(gt=0)] = 1,
+        top_groups: Annotated[int | None, Field(gt=0)] = None,
+        group_best: Annotated[int | None, Field(gt=0)] = None,
+        bias_update: _Weight = 0.0,
         balance: _Weight = 0.01,
+        balance_over: Literal["batch", "sample"] = "batch",
         z: _Weight = 0.0,
         jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         gated: bool = True,
@@ -95,7 +123,8 @@ class MoE(nn.Module):
             raise UserError(f"moe: top_k ({top_k}) cannot be above experts ({experts})")
         self.layer, self.mode, self.factor = layer, mode, capacity_factor
         self.score, self.normalise, self.jitter = score, normalise, jitter
-        self.balance, self.z = balance, z
+        self.scale, self.bias_update = scale, bias_update
+        self.balance, self.balance_over, self.z = balance, balance_over, z
         hidden = hidden_width(dim, ratio, width, multiple_of)
         if hidden % granularity:
             raise UserError(
@@ -104,9 +133,11 @@ class MoE(nn.Module):
             )
         experts, hidden = experts * granularity, hidden // granularity
         self.top_k, shared = top_k * granularity, shared * granularity
+        self.groups = _groups(experts, self.top_k, groups, top_groups, group_best)
+        self._count: Tensor | None = None  # of this optimizer step's assignments, [E]
         chosen = activation or block_activation or "silu"
         self.axis = Axis()
-        self.router = Router(dim, experts)
+        self.router = Router(dim, experts, balanced=bias_update > 0)
         self.experts = Experts(experts, dim, hidden, gated, chosen)
         self.shared: nn.Module | None = None
         if shared and gated:
@@ -125,13 +156,17 @@ class MoE(nn.Module):
         return self.top_k / self.experts.experts
 
     def forward(self, x_BTD: Tensor, stream: Stream | None = None) -> Tensor:
-        logits_BTE = self.router(self._jittered(x_BTD))
-        routing = choose(logits_BTE, self.top_k, self.score, self.normalise)
+        routing = self.route(self.router(self._jittered(x_BTD)))
+        if self.bias_update and self.training:
+            # Recomputed activations count twice, for every expert alike, and signs stay.
+            count_E = routing.count()
+            self._count = count_E if self._count is None else self._count + count_E
         x_ND = x_BTD.flatten(0, 1)
         chosen_Nk, weights_Nk = routing.chosen.flatten(0, 1), routing.weights.flatten(0, 1)
-        dropped = logits_BTE.new_zeros(())
+        dropped = routing.logits.new_zeros(())
         if self.mode == "dropless" or (stream is not None and stream.cache is not None):
-            finish = self.experts.begin_dropless(x_ND, chosen_Nk, weights_Nk)
+            kept_Nk = None if routing.kept is None else routing.kept.flatten(0, 1)
+            finish = self.experts.begin_dropless(x_ND, chosen_Nk, weights_Nk, kept_Nk)
         else:
             place_BTk = places(routing.chosen, self.experts.experts)
             room = capacity(x_BTD.shape[1], self.top_k, self.experts.experts, self.factor)
@@ -149,6 +184,22 @@ class MoE(nn.Module):
         y_BTD: Tensor = self.axis.ops.leave(y_ND.view(*x_BTD.shape[:-1], -1).to(x_BTD.dtype))
         return y_BTD if shared_BTD is None else y_BTD + shared_BTD
 
+    def route(self, logits_BTE: Tensor) -> Routing:
+        """Where the tokens go."""
+        bias_E = self.router.optional("balance")
+        routing = choose(logits_BTE, self.top_k, self.score, self.normalise, bias_E, self.groups)
+        return routing if self.scale == 1.0 else routing.scaled(self.scale)
+
+    def end_step(self) -> dict[str, Tensor]:
+        """After an optimizer step: how the experts' biases move; alike on every rank."""
+        if not self.bias_update:
+            return {}
+        count_E, self._count = self._count, None
+        if count_E is None:
+            device = self.router.weight.device
+            count_E = torch.zeros(self.experts.experts, dtype=torch.int64, device=device)
+        return {"router.balance": balancing(self.axis.ops.data_sum(count_E), self.bias_update)}
+
     def _jittered(self, x_BTD: Tensor) -> Tensor:
         if not self.jitter or not self.training:
             return x_BTD
@@ -160,7 +211,8 @@ class MoE(nn.Module):
         ops = self.axis.ops
         load_E = ops.data_mean(routing.load())
         if self.balance:
-            loss_B = self.balance * balance_loss(routing, load_E)
+            of = load_E if self.balance_over == "batch" else ops.sample_mean(routing.preferred())
+            loss_B = self.balance * balance_loss(routing, of)
             stream.add_loss("moe_balance", ops.once(loss_B))
         if self.z:
             stream.add_loss("moe_z", ops.once(self.z * z_loss(routing)))
@@ -176,3 +228,28 @@ class MoE(nn.Module):
         if self.shared is not None:
             total += sum(2 * tokens * p.numel() for p in self.shared.parameters())
         return total
+
+
+def _groups(
+    experts: int, top_k: int, count: int, top: int | None, best: int | None
+) -> Groups | None:
+    """The limit on a token's groups, if the options make one."""
+    if count == 1:
+        for name, value in (("top_groups", top), ("group_best", best)):
+            if value is not None:
+                raise UserError(f"moe: {name} ({value}) needs groups above 1")
+        return None
+    if experts % count:
+        raise UserError(f"moe: {experts} experts cannot be divided into {count} groups")
+    top = count if top is None else top
+    if top > count:
+        raise UserError(f"moe: top_groups ({top}) cannot be above groups ({count})")
+    each = experts // count
+    if top * each < top_k:
+        raise UserError(
+            f"moe: {top} groups of {each} experts are too few for top_k ({top_k}); raise top_groups"
+        )
+    best = max(1, top_k // top) if best is None else best
+    if best > each:
+        raise UserError(f"moe: group_best ({best}) cannot be above a group's {each} experts")
+    return Groups(count, top, best)
