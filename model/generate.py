@@ -75,8 +75,8 @@ def logits_at_last(model: nn.Module, batch: Batch, cache: Cache | None = None) -
 
 
 def can_cache(model: nn.Module) -> bool:
-    """Whether the model decodes from a cache: all its mixers do, and no tokens are divided."""
-    if not isinstance(model, LanguageModel):
+    """Whether the model decodes from a cache: all its mixers do, and nothing of it is elsewhere."""
+    if not isinstance(model, LanguageModel) or not model.here:
         return False
     if model.axis.ops.sequence_parallel or model.axis.ops.context.size > 1:
         return False

@@ -75,6 +75,8 @@ class LanguageModel(nn.Module):
 
     divides_tokens = True
     """Whether it runs where ranks of a context axis hold different tokens of a sample."""
+    here = True
+    """Whether all its blocks are on this rank; an engine that cuts the model says no."""
 
     def __init__(self, config: LanguageConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""FSDP2 under a schedule of our own: parameters are gathered once a step and gradients reduced once.
+"""FSDP2 under a schedule of our own: parameters gathered once a step, gradients reduced once.
 
 FSDP2 follows whole backward passes; a pipeline runs parts of several, in two halves even. So its
 parameters stay gathered from their first use in a step, its gradients are summed up unreduced, and

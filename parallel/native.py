@@ -25,9 +25,10 @@ from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.context import RankContext
 from parallel.crossing import bind_context
+from parallel.divisors import add, divisors, known_before, root
 from parallel.engine import LossFunction, Precision, Recompute, Sums
-from parallel.gathered import keep_gathered, reduce_gradients
 from parallel.expert import ExpertDispatch
+from parallel.gathered import keep_gathered, reduce_gradients
 from parallel.gradients import local, local_gradients, scale, squares, sum_over
 from parallel.layout import Layout
 from parallel.mesh import mesh_for
@@ -134,7 +135,7 @@ class NativeEngine:
             operations.dispatch = ExpertDispatch(self._group("ep"), lazy)
         return operations
 
-    def optimizer(self, spec: PartConfig) -> None:
+    def optimizer(self, spec: PartConfig) -> Stepper | None:
         """The trainer's own optimizer works on the parameters as they are."""
 
     def seed(self, seed: int) -> None:
@@ -157,7 +158,7 @@ class NativeEngine:
         for parameter in self.model.parameters():
             parameter.grad = None
         batches = [self._move(batch) for batch in batches]
-        known = self._counts(batches, loss)
+        known = known_before(batches, loss, self.total)
         if self.pipeline is not None:
             held = self._through_stages(self.pipeline, batches, loss, known)
         else:
@@ -168,7 +169,7 @@ class NativeEngine:
     def _one_by_one(
         self, batches: list[Batch], loss: LossFunction, known: Sums | None
     ) -> tuple[Sums, Sums | None]:
-        """Forward and backward of each micro-batch; the sums, and the divisors if they are known."""
+        """Forward and backward of each micro-batch: the sums, and the divisors once known."""
         held: Sums = {}
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -176,10 +177,11 @@ class NativeEngine:
                 with self._autocast():
                     sums = loss(self._runs, batch)  # type: ignore[arg-type]
                 if known is None and len(batches) == 1:
-                    known = self._reduced(sums)
-                self._root(sums, known).backward()
-            for name, value in sums.items():
-                held[name] = held[name] + value.detach() if name in held else value.detach()
+                    known = divisors(sums, self.total)
+                # DDP averages.
+                scaled = self.data_size if self._runs is not self.model else 1
+                (root(sums, known) * scaled).backward()
+            add(held, sums)
         return held, known
 
     def _through_stages(
@@ -189,7 +191,7 @@ class NativeEngine:
 
         def ending(model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
             sums = loss(model, batch)
-            return self._root(sums, known), sums
+            return root(sums, known), sums
 
         if self._sharded:
             keep_gathered(self.model)
@@ -201,37 +203,6 @@ class NativeEngine:
 
     def _move(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-    def _counts(self, batches: list[Batch], loss: LossFunction) -> Sums | None:
-        """The step's divisors, if the loss can tell them from the batches alone."""
-        if not hasattr(loss, "counts"):
-            return None
-        parts = [loss.counts(batch) for batch in batches]
-        return self._reduced({key: torch.stack([p[key] for p in parts]).sum() for key in parts[0]})
-
-    def _reduced(self, sums: Sums) -> Sums:
-        """The divisors over the whole global batch, at least 1."""
-        keys = [key for key in ("count", "samples") if key in sums]
-        values = torch.stack([sums[key].detach().double().reshape(()) for key in keys])
-        return dict(zip(keys, self.total(values).clamp(min=1.0).float(), strict=True))
-
-    def _root(self, sums: Sums, known: Sums | None) -> Tensor:
-        """What is differentiated of a micro-batch."""
-        root = sums["loss"].float()
-        if known is not None:
-            root = root / known["count"]
-        auxiliary = sums.get("auxiliary")
-        if auxiliary is not None and auxiliary.requires_grad:
-            if known is None:
-                raise TypeError(
-                    "auxiliary losses with several micro-batches or a pipeline: the loss function "
-                    "needs counts(batch), so that count and samples are known before the backward "
-                    "pass"
-                )
-            root = root + auxiliary.float() / known["samples"]
-        if self._runs is not self.model:
-            root = root * self.data_size  # DDP averages
-        return root
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Any:
@@ -255,7 +226,7 @@ class NativeEngine:
             named = [value for name, value in gradients.items() if name in self._partial]
             sum_over(named, self._group("tp"))
         if known is None:
-            count = self._reduced(sums)["count"]
+            count = divisors(sums, self.total)["count"]
             scale(list(gradients.values()), 1.0 / count)
 
     @property

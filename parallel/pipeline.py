@@ -24,6 +24,7 @@ from model.stream import Stream
 from parallel.border import Border
 from parallel.collectives import settled
 from parallel.config import ParallelConfig
+from parallel.divisors import add
 from parallel.engine import Sums
 from parallel.gathered import let_go
 from parallel.gradients import local
@@ -67,11 +68,13 @@ class StreamStage(PipelineStage):
         self._arrived: dict[int, Packed] = {}
         self._gradients: dict[int, tuple[Tensor | None, ...]] = {}
 
-    def begin(self, batches: list[Batch], finish: Callable[[Stream, int], Any]) -> None:
+    def begin(
+        self, batches: list[Batch], training: bool, finish: Callable[[Stream, int], Any]
+    ) -> None:
         """Ready the stage for these micro-batches, alike in shape; `finish` is the last stage's."""
         self.batches, self.finish = batches, finish
         shapes = [(name, value.shape, value.dtype) for name, value in sorted(batches[0].items())]
-        self._key = (*shapes, torch.is_grad_enabled(), self.chunk.training)
+        self._key = (*shapes, torch.is_grad_enabled(), training)
         self.clear_runtime_states()
 
     def clear_runtime_states(self) -> None:
@@ -170,6 +173,18 @@ class StreamStage(PipelineStage):
         """Take over what the stage after gave back, on this rank."""
         self._gradients[mb_index] = next_stage_bwd_outputs
 
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if not full_backward and not self.is_first:
+            values, groups, *rest = self.backward_state[bwd_chunk_id]
+            self.backward_state[bwd_chunk_id] = (values, _as_one(groups), *rest)
+
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Nothing: the engine reduces once all stages of the rank are done."""
 
@@ -217,6 +232,7 @@ class Pipeline:
         self.model = model
         self._end: Callable[[Stream, Batch], ModelOutput] = model.finish  # type: ignore[assignment]
         model.forward = self._forward
+        model.here = False  # type: ignore[assignment]
         self._schedules: dict[int, Any] = {}
 
     @property
@@ -243,8 +259,7 @@ class Pipeline:
 
         def finish(stream: Stream, number: int) -> Tensor:
             root, sums = ending(Arrived(self._end, stream, self.model.training), batches[number])
-            for name, value in sums.items():
-                held[name] = held[name] + value.detach() if name in held else value.detach()
+            add(held, sums)
             return root
 
         def through(work: Callable[[], Any]) -> Any:
@@ -252,7 +267,7 @@ class Pipeline:
                 return self.model(_Work(work))  # so that what wraps the model is about it
 
         for stage in self.stages:
-            stage.begin(batches, finish)
+            stage.begin(batches, self.model.training, finish)
             stage.run = through
         count = len(batches)
         target = torch.arange(count) if self.last == self.group.rank() else None
@@ -289,7 +304,7 @@ class Pipeline:
 
         sent: list[dist.Work] = []
         for stage in self.stages:
-            stage.begin([batch], finish)
+            stage.begin([batch], self.model.training, finish)
             stage.run = lambda work: work()
         for stage in self.stages:
             for receipt in _start(stage.get_fwd_recv_ops(0) if stage.previous is None else []):
@@ -347,6 +362,27 @@ class Pipeline:
             for receipt in _start(ops):
                 receipt.wait()
             local(parameter.grad).copy_(torch.stack([parts[rank] for rank in ranks]).sum(0))
+
+
+def _as_one(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of parameters of a backward pass in two halves, as one group.
+
+    PyTorch visits them one after another in the second half, each freeing the graph behind it;
+    where the ways to two groups overlap, as behind a decoder's embedding that reads no stream, the
+    second would find nothing.
+    """
+    reached = [group for group in groups if group.get("grads")]
+    held = [
+        (node, gradient)
+        for group in reached
+        for node, gradient in zip(group["intermediates"], group["grads"], strict=True)
+        if gradient is not None
+    ]
+    if not held:
+        return []
+    nodes, gradients = zip(*held, strict=True)
+    parameters = set().union(*(group["params"] for group in reached))
+    return [{"params": parameters, "intermediates": list(nodes), "grads": list(gradients)}]
 
 
 class _Work:
