@@ -125,6 +125,23 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    config: Path,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200 or b200.")] = "h100",
+    layout: Annotated[
+        str, typer.Option(help="config: the config's own; auto: the best few that can be found.")
+    ] = "config",
+    json_file: JsonFile = None,
+) -> None:
+    """What a config would need and how fast it could be on GPUs that are not there."""
+    from launcher.plan import plan as run
+
+    run(config, overrides or [], gpus, gpu, layout, json_file)
+
+
+@app.command()
 def zoo(
     words: Annotated[
         list[str] | None,
@@ -210,6 +227,22 @@ def data_tokenizer(
     from launcher.data import tokenizer
 
     tokenizer(what, out, overrides or [], text)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The run's folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where to write the page, instead of RUN_DIR/report.html."
+        ),
+    ] = None,
+) -> None:
+    """Draw a run as one HTML page: curves, layers, the timeline of a step, events."""
+    from launcher.report import report as run
+
+    print(run(run_dir, out))
 
 
 @app.command()
