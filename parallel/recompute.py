@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from model.block import Block
+from parallel.ring import streaming
 
 _aten = torch.ops.aten
 KEPT: frozenset[Any] = frozenset(
@@ -34,11 +35,14 @@ KEPT: frozenset[Any] = frozenset(
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
     }
 )
-"""What selective recomputation keeps: products of matrices, attention, messages."""
+"""What selective recomputation keeps: products of matrices, attention, messages.
+
+Not the products inside ring attention, which together are the whole score matrix.
+"""
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation in KEPT
+    kept = operation in KEPT and not streaming.get()
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

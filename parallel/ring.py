@@ -10,7 +10,9 @@ Axes: B batch, H query heads, G key-value heads, T tokens of a rank, K head widt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,8 @@ from model.attention.scores import Scores
 from model.precision import at_least_float32
 from parallel.collectives import Group, apply, settled
 
+streaming: ContextVar[bool] = ContextVar("streaming", default=False)
+"""Whether the forward pass of a ring runs: what it computes is not to be kept tile by tile."""
 Parts = Callable[[int], list[tuple[slice, range]]]
 """A rank → where its runs of tokens stand among its own, and which of all tokens they are."""
 
@@ -62,7 +66,7 @@ class RingAttention(Function):
         group: Group,
     ) -> Tensor:
         scores = _holding(scores, per_head)
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False), _streaming():
             mine = [
                 (local, Rows.none_seen(q[:, :, local], v, rows))
                 for local, rows in parts(group.rank())
@@ -124,7 +128,16 @@ def _holding(scores: Scores, per_head: Tensor | None) -> Scores:
     return replace(scores, position=replace(scores.position, per_head=per_head.detach()))
 
 
-def _round(k: Tensor, v: Tensor, group: Group) -> Any:
+@contextmanager
+def _streaming() -> Iterator[None]:
+    token = streaming.set(True)
+    try:
+        yield
+    finally:
+        streaming.reset(token)
+
+
+def _round(k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Every rank's keys and values in turn, from this rank's own backwards: (rank, k, v)."""
     size, rank = group.size(), group.rank()
     held = _packed(k, v)

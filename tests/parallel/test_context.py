@@ -6,6 +6,7 @@ Axes: B batch, H query heads, G key-value heads, T tokens, K head width.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import model.attention.blockwise as blockwise
 import parallel.ring as ring
@@ -27,6 +29,7 @@ from parallel.check import check_model
 from parallel.context import RankContext, by_rank, natural, pieces
 from parallel.crossing import AllTokens, Outside, OwnTokens, branches
 from parallel.layout import Layout
+from parallel.recompute import _policy
 from parallel.tensor import DataOperations
 
 METHODS = ("ring", "heads", "gather")
@@ -231,14 +234,23 @@ def test_the_ring_sends_keys_and_values_once(ranks: Ranks) -> None:
     assert ranks.run(messages_on_a_rank) == [([block], [block] * 3)] * 2
 
 
-def peak_on_a_rank(tokens: int, method: str) -> int:
+def peak_on_a_rank(tokens: int, method: str, selective: bool = False) -> int:
     """The most bytes that attention and its backward pass held at once."""
-    blockwise.TILE = 32
+    blockwise.TILE = 64
     held = context(method)
     backend: Any = "auto" if method == "ring" else "reference"
     own = [torch.randn(1, 2, tokens // held.size, 8).requires_grad_() for _ in range(3)]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return held.attend(q, k, v, Scores(causal=True), backend)
+
+    keeping = partial(create_selective_checkpoint_contexts, _policy)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        held.attend(own[0], own[1], own[2], Scores(causal=True), backend).sum().backward()
+        if selective:
+            y = checkpoint(attention, *own, use_reentrant=False, context_fn=keeping)
+        else:
+            y = attention(*own)
+        y.sum().backward()
     assert found.profiler is not None
     results: Any = found.profiler.kineto_results
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=_start)
@@ -255,10 +267,15 @@ def _start(event: Any) -> int:
 
 def test_memory_grows_linearly_with_tokens(ranks: Ranks) -> None:
     """Four times the tokens; where scores stand at once it is some sixteen times the memory."""
-    small, large = (max(ranks.run(peak_on_a_rank, n, "ring")) for n in (512, 2048))
+    small, large = (max(ranks.run(peak_on_a_rank, n, "ring")) for n in (256, 1024))
     assert large < 4.3 * small
-    small, large = (max(ranks.run(peak_on_a_rank, n, "gather")) for n in (512, 2048))
+    small, large = (max(ranks.run(peak_on_a_rank, n, "gather")) for n in (256, 1024))
     assert large > 8 * small
+
+
+def test_selective_recomputation_keeps_no_scores_of_the_ring(ranks: Ranks) -> None:
+    small, large = (max(ranks.run(peak_on_a_rank, n, "ring", True)) for n in (256, 1024))
+    assert large < 4.3 * small
 
 
 # Branches.
