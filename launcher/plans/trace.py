@@ -25,14 +25,15 @@ class Trace(Traffic):
 
     live, peak: bytes of the storages that were made inside and are alive; at most.
     flops: of matrix products and attention, 2 per multiply-add.
-    touched: bytes read and written if nothing is fused.
+    products: bytes that matrix products and attention read and write.
+    touched: bytes that all operations do, if nothing is fused.
     """
 
     def __init__(self, axes: dict[str, str]):
         super().__init__(axes)
         self.live = self.peak = 0
         self.flops = 0
-        self.touched = 0
+        self.products = self.touched = 0
         self._held: dict[int, tuple[Any, int]] = {}
         self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
 
@@ -55,13 +56,17 @@ class Trace(Traffic):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         outputs = list(_plain(result))
-        packet = getattr(func, "_overloadpacket", None)
-        if packet in _ATTENTION:
-            self.flops += _ATTENTION[packet](args)
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        if not func.is_view:
-            self.touched += sum(map(_bytes, outputs)) + sum(map(_bytes, _plain((args, kwargs))))
+        if outputs and not func.is_view:  # asking a tensor for its device gives none
+            touched = sum(map(_bytes, outputs)) + sum(map(_bytes, _plain((args, kwargs))))
+            self.touched += touched
+            packet = getattr(func, "_overloadpacket", None)
+            if packet in _ATTENTION or packet in flop_registry:
+                self.products += touched
+                self.flops += (
+                    _ATTENTION[packet](args)
+                    if packet in _ATTENTION
+                    else flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+                )
             for tensor in outputs:
                 self._grow(tensor.untyped_storage())
         return result
