@@ -20,7 +20,7 @@ FAILED = 1
 MISTAKE = 2
 INTERRUPTED = 130
 """A second Ctrl-C, which does not wait for a save; the shell's code for it."""
-_FAILURES = {"RunFailure", "CheckpointError", "WorkerError"}
+_FAILURES = {"RunFailure", "CheckpointError", "WorkerError", "PeerFailure"}
 
 
 def ending(error: BaseException) -> tuple[int, str] | None:

@@ -25,6 +25,7 @@ from launcher.exits import OK, say
 from launcher.finish import finish
 from launcher.trained import TOKENIZER
 from model.zoo import build_model
+from parallel import watchdog
 from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
@@ -140,15 +141,18 @@ def _train(job: Job, engine: Engine, resume: bool) -> int:
         if job.first:
             _announce(job, trainer)
         outcome = trainer.run(resume=resume)
-    except (UserError, RunFailure, CheckpointError, KeyboardInterrupt):
+    except (UserError, RunFailure, CheckpointError, KeyboardInterrupt) as error:
+        watchdog.failed(error)
         raise
     except Exception as error:
+        watchdog.failed(error)
         step = trainer.step + 1 if trainer is not None else 0
         cause = str(error).strip().split("\n")[0] or "no message"
         raise RunFailure(
             f"rank {job.layout.rank}, step {step}: {type(error).__name__}: {cause}; the traceback "
             f"is in {folder / 'log.txt'}"
         ) from error
+    watchdog.stop()
     engine.close()
     if outcome.stopped and job.first:
         say(

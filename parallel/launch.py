@@ -1,7 +1,8 @@
 """Local worker processes, started by torch's elastic launcher.
 
 How a worker ends is carried back as it was: its exit code, or its exception. When several workers
-fail, the first to do so is the cause; the others fail because it is gone.
+fail, the first to do so is the cause; the others fail because it is gone. Those that do not end by
+themselves after a failure, frozen ones for example, are killed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from typing import Any
 
 import torch
 
+from parallel import watchdog
+
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """The signals that workers are sent when the starting process gets them."""
+
+
+GRACE = 5.0
+"""Seconds that the workers have to end by themselves once one has failed."""
 
 
 class WorkerError(RuntimeError):
@@ -59,7 +66,9 @@ def launch_local(nproc: int, function: Callable[..., int | None], *args: Any) ->
     with (
         tempfile.TemporaryDirectory(prefix="manyforms-") as folder,
         _threads(nproc),
-        _passing_signals_on() as received,
+        _workers() as workers,
+        _passing_signals_on(workers) as received,
+        _ending_all(Path(folder), workers),
     ):
         config = LaunchConfig(
             min_nodes=1,
@@ -81,8 +90,9 @@ def launch_local(nproc: int, function: Callable[..., int | None], *args: Any) ->
                 os.getpid(), folder, dict(os.environ), function, args
             )
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise _cause(Path(folder), rank, failure.exitcode, received) from None
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            first, _ = error.get_first_failure()
+            raise _cause(Path(folder), first, codes, received) from None
         return max(code or 0 for code in codes.values())
 
 
@@ -102,17 +112,51 @@ def _threads(nproc: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _passing_signals_on() -> Iterator[list[int]]:
-    """Send signals to the workers instead of ending here; yields those that came."""
-    received: list[int] = []
+def _workers() -> Iterator[Callable[[int], None]]:
+    """Yields what sends a signal to the processes started since."""
     others = {child.pid for child in multiprocessing.active_children()}
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def send(number: int) -> None:
         for worker in multiprocessing.active_children():
             if worker.pid is not None and worker.pid not in others:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, number)
+
+    yield send
+
+
+@contextlib.contextmanager
+def _ending_all(folder: Path, send: Callable[[int], None]) -> Iterator[None]:
+    """Once a worker has said why it failed, kill those that are still there a while later.
+
+    The elastic launcher asks them to end, but waits long for one that is stopped.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if any(folder.glob("*.error")):
+                if not over.wait(GRACE):
+                    send(signal.SIGKILL)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+@contextlib.contextmanager
+def _passing_signals_on(send: Callable[[int], None]) -> Iterator[list[int]]:
+    """Send signals to the workers instead of ending here; yields those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        send(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -137,6 +181,7 @@ def _work(
     done = threading.Event()
     threading.Thread(target=_mind_the_parent, args=(parent, done), daemon=True).start()
     rank = os.environ["RANK"]
+    watchdog.speak_with(lambda error: _leave(folder, rank, error))
     try:
         return function(*args) or 0
     except SystemExit as stop:
@@ -144,6 +189,7 @@ def _work(
             return stop.code or 0
         _leave(folder, rank, RuntimeError(stop.code))
     except BaseException as error:
+        watchdog.failed(error)
         _leave(folder, rank, error)
     finally:
         done.set()
@@ -192,11 +238,23 @@ def _leave(folder: str, rank: str, error: BaseException) -> None:
     part.rename(part.with_suffix(".error"))
 
 
-def _cause(folder: Path, rank: int, code: int, received: list[int]) -> BaseException:
-    """What ended the run: the earliest exception, the user's signal, or a silent death."""
+def _cause(folder: Path, first: int, codes: dict[int, int], received: list[int]) -> BaseException:
+    """What ended the run: the earliest exception, the user's signal, or a silent death.
+
+    Args:
+        first: the rank that failed first.
+        codes: the exit codes of all that failed; below 0: by that signal.
+    """
+    code = codes[first]
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    why = " (the machine may have run out of memory)" if code == -signal.SIGKILL else ""
     left = [(*pickle.loads(path.read_bytes()), path.stem) for path in folder.glob("*.error")]
     if left:
         _, error, text, who = min(left, key=lambda row: row[0])
+        # The others see that a rank is gone; how it went is known here.
+        seen, separator, rest = str(error).partition("; ")
+        if isinstance(error, watchdog.PeerFailure) and code < 0 and f"rank {first} " in seen:
+            error = watchdog.PeerFailure(f"rank {first} ended by {how}{why}{separator}{rest}")
         error.add_note(f"on rank {who}:\n{text}")
         caught: BaseException = error
         return caught
@@ -204,6 +262,4 @@ def _cause(folder: Path, rank: int, code: int, received: list[int]) -> BaseExcep
         return KeyboardInterrupt()
     if received:
         return SystemExit(128 + received[0])
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    why = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
-    return WorkerError(f"rank {rank} ended without a word ({how}){why}")
+    return WorkerError(f"rank {first} ended without a word, by {how}{why}")

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from core.errors import UserError
+from parallel import watchdog
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
+from parallel.inflight import Recorder
 from parallel.layout import Layout
 
 
@@ -96,6 +98,7 @@ def join(config: ParallelConfig, environment: Mapping[str, str] = os.environ) ->
 
     Raises:
         UserError: if the layout does not fit the number of processes or the machine.
+        PeerFailure: if another rank died meanwhile.
     """
     here = place(environment) or Place()
     layout = Layout.of(config, here.world, here.rank)
@@ -103,6 +106,7 @@ def join(config: ParallelConfig, environment: Mapping[str, str] = os.environ) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if here.world > 1 and not dist.is_initialized():
+        recorder = Recorder()
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -117,6 +121,15 @@ def join(config: ParallelConfig, environment: Mapping[str, str] = os.environ) ->
                 f"rank {here.rank} of {here.world} could not reach the others at "
                 f"{here.address}:{here.port}: {error}"
             ) from None
+        except RuntimeError as error:
+            if not watchdog.is_lost_connection(error):
+                raise
+            raise watchdog.PeerFailure(
+                f"rank {here.rank} of {here.world}: another rank died or hung while the job was "
+                f"being joined, or a firewall is between them: {error}"
+            ) from error
+        launcher = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        watchdog.start(config.timeout, recorder, hosted=None if launcher else 0)
     engine: Engine = config.engine.build(layout=layout, device=device, config=config)
     return engine
 

@@ -36,7 +36,7 @@ def test_a_layout_that_does_not_fit_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_a_death_is_reported() -> None:
-    with pytest.raises(WorkerError, match=r"rank 1 ended without a word \(signal SIGKILL"):
+    with pytest.raises(WorkerError, match=r"rank 1 ended without a word, by signal SIGKILL"):
         launch_local(2, workers.killed)
 
 
