@@ -17,6 +17,7 @@ from core.config import Config
 from core.errors import UserError, hint
 from core.registry import Entry, PartConfig, entries, slots
 from launcher.options import part_options
+from model.context import told
 
 Proofs = dict[str, dict[str, str]]
 PROOFS = Path(__file__).parent.parent / "docs" / "contracts.json"
@@ -129,6 +130,8 @@ def _page(entry: Entry, proven: dict[str, str]) -> str:
         lines.append(f"  {option.line}")
         if option.text:
             lines.append(f"      {option.text}")
+    if entry.slot in ("mixer", "feedforward") and "language" not in entry.cannot:
+        lines += ["", f"under context parallelism: {told(entry.slot, entry.target)}"]
     if entry.cannot:
         lines += ["", "cannot:", *(f"  {what}: {why}" for what, why in entry.cannot.items())]
     if proven:

@@ -9,7 +9,7 @@ Axes: B batch, T tokens, H query heads, G key-value heads, K head width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,30 @@ attention: it is given this rank's tokens too, and lets their queries see all ke
 gather: it is given all tokens, on every rank, and this rank's are kept of what it returns: right
     for any math, at the memory and the computation of the whole sequence.
 """
+
+
+_TOLD: dict[Need, str] = {
+    "tokens": "computes on each rank's own tokens",
+    "attention": "exchanges keys and values, or heads (parallel.cp_method)",
+    "gather": "gathers all tokens on every rank, and computes on all of them",
+}
+
+
+def need(slot: str, part: Any) -> Any:
+    """What a mixer or feed-forward, or its class, says it needs.
+
+    A feed-forward sees each token by itself unless it says so; any other branch gathers. On a class
+    where it depends on options, this is the property that decides.
+    """
+    return getattr(part, "context", "tokens" if slot == "feedforward" else "gather")
+
+
+def told(slot: str, part: Any) -> str:
+    """The same of a class, in words."""
+    said = need(slot, part)
+    if isinstance(said, property):
+        return "depends on its options: " + (said.__doc__ or "").strip()
+    return _TOLD[said]
 
 
 class Context:

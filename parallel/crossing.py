@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from model.block import Block, Sublayer
-from model.context import LOCAL_CONTEXT, Context, Need
+from model.context import LOCAL_CONTEXT, Context, Need, need
 from model.leaves import leaves
 from parallel.collectives import ReduceBoth, all_reduce, apply, broadcast
 from parallel.context import Mean, RankContext
@@ -91,12 +91,6 @@ class AllTokens(Outside):
 
     def total(self, x: Tensor) -> Tensor:
         return x
-
-
-def need(name: str, branch: nn.Module) -> Need:
-    """What a block's branch needs; a feed-forward sees each token by itself unless it says so."""
-    said: Need = getattr(branch, "context", "tokens" if name == "feedforward" else "gather")
-    return said
 
 
 def branches(model: nn.Module) -> Iterator[tuple[str, Sublayer, Need]]:

@@ -6,6 +6,7 @@ from core.registry import Entry, entries
 from evaluation.contracts.distributed import CONTRACTS
 from evaluation.contracts.local import PROOFS
 from evaluation.contracts.probe import SLOTS
+from model.context import told
 
 MEANINGS = {
     "shapes": "losses and logits have the right shape and type",
@@ -54,9 +55,20 @@ def page(proofs: dict[str, dict[str, str]]) -> str:
         lines += ["", f"## {slot}", "", *_table(entries(slot), proofs)]
         for entry in entries(slot):
             lines += [f"\n`{entry.name}` cannot do {k}: {v}" for k, v in entry.cannot.items()]
+        if slot in ("mixer", "feedforward"):
+            lines += ["", "Under context parallelism:", "", *_divided(slot)]
     lines += ["", "## model", "", "Published models, by name:", ""]
     lines += [f"- `{entry.name}` · {_source(entry)}".rstrip(" ·") for entry in entries("model")]
     return "\n".join(lines) + "\n"
+
+
+def _divided(slot: str) -> list[str]:
+    """What each part of a slot does where tokens are divided, a line for each way."""
+    ways: dict[str, list[str]] = {}
+    for entry in entries(slot):
+        if "language" not in entry.cannot:
+            ways.setdefault(told(slot, entry.target), []).append(f"`{entry.name}`")
+    return [f"- {way}: {', '.join(names)}" for way, names in ways.items()]
 
 
 def _table(found: list[Entry], proofs: dict[str, dict[str, str]]) -> list[str]:
