@@ -15,8 +15,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from parallel.collectives import settled
-
 
 @dataclass(frozen=True)
 class Field:
@@ -64,7 +62,9 @@ class Border:
         assert found == self, f"{found.like} comes to a border of {self.like}"
         leaves = pytree.tree_leaves(value)
         return tuple(
-            torch.cat([settled(leaves[index]).reshape(-1) for index in indices])
+            torch.cat(
+                [leaves[index].reshape(-1) for index in indices]
+            )  # waits for what is in flight
             for indices in self.kinds.values()
         )
 

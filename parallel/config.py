@@ -46,9 +46,15 @@ class ParallelConfig(Config):
     values (2407.21783). Mixers that can do none of these gather their input."""
 
     schedule: Literal[
-        "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"
+        "gpipe",
+        "1f1b",
+        "interleaved_1f1b",
+        "interleaved_zero_bubble",
+        "zbv",
+        "dualpipev",
+        "modular",
     ] = "1f1b"
-    """The pipeline's schedule; of use with `pp` only."""
+    """The pipeline's schedule; of use with `pp` only. `modular` deals the layers out one by one."""
 
     virtual_stages: Annotated[int, Field(ge=2)] = 2
     """Stages that each process of the pipeline holds, under the interleaved schedules."""
@@ -70,6 +76,10 @@ class ParallelConfig(Config):
     """FSDP: reduce gradients after every micro-batch, not once a step: more communication, but
     whole gradients are never held."""
 
+    accumulation: Literal["in_turn", "layered"] = "in_turn"
+    """FSDP: a step's micro-batches one after another, or `layered`: each layer takes all of them
+    before the next one does, so that parameters are gathered once a pass (2106.02679)."""
+
     @model_validator(mode="after")
     def _possible(self) -> ParallelConfig:
         for axis in ("replicate", "fsdp"):
@@ -80,6 +90,11 @@ class ParallelConfig(Config):
         engine = self.engine if isinstance(self.engine, str) else self.engine.name
         if self.zero_stage != 2 and engine != "deepspeed":
             raise ValueError("zero_stage is DeepSpeed's; it needs engine: deepspeed")
+        if self.accumulation == "layered":
+            if engine != "native":
+                raise ValueError("accumulation: layered is the native engine's")
+            if self.pp > 1:
+                raise ValueError("accumulation: layered; with pp above 1 use schedule: modular")
         if self.schedule != "1f1b" and self.pp == 1:
             raise ValueError(f"schedule: '{self.schedule}' is a pipeline's; it needs pp above 1")
         if self.sequence_parallel and self.tp == 1:

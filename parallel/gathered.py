@@ -7,6 +7,8 @@ what FSDP2 would do at the end of the last backward pass is done when the engine
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -28,13 +30,28 @@ def reduce_gradients(model: nn.Module) -> None:
     model.set_is_last_backward(True)
     root = fully_shard.state(model)  # type: ignore[attr-defined]
     for state in reversed(root._state_ctx.all_states):
-        for group in state._fsdp_param_groups:
-            group.post_backward()
+        _reduce(state)
     root._root_post_backward_final_callback()
 
 
-def let_go(model: nn.Module) -> None:
-    """Drop gathered parameters, all but the outermost module's, which may be running."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and module is not model:
-            module.reshard()
+def reduce_blocks(part: nn.Module) -> None:
+    """Reduce the gradients of the blocks of a part of the model, which this step is done with."""
+    for block in _blocks(part):
+        block.set_reshard_after_backward(True, recurse=False)
+        block.set_requires_gradient_sync(True, recurse=False)
+        _reduce(fully_shard.state(block))  # type: ignore[attr-defined]
+
+
+def let_go(part: nn.Module) -> None:
+    """Drop the gathered parameters of the blocks of a part of the model, or of the whole."""
+    for block in _blocks(part):
+        block.reshard()
+
+
+def _blocks(part: nn.Module) -> list[FSDPModule]:
+    return [m for m in part.modules() if isinstance(m, FSDPModule) and m is not part]
+
+
+def _reduce(state: Any) -> None:
+    for group in state._fsdp_param_groups:
+        group.post_backward()

@@ -26,10 +26,11 @@ from parallel.config import ParallelConfig
 from parallel.context import RankContext
 from parallel.crossing import bind_context
 from parallel.divisors import add, divisors, known_before, root
-from parallel.engine import LossFunction, Precision, Recompute, Sums
+from parallel.engine import LossFunction, Precision, Recompute, Stepper, Sums
 from parallel.expert import ExpertDispatch
 from parallel.gathered import keep_gathered, reduce_gradients
 from parallel.gradients import local, local_gradients, scale, squares, sum_over
+from parallel.layered import Layered
 from parallel.layout import Layout
 from parallel.mesh import mesh_for
 from parallel.pipeline import Pipeline
@@ -55,6 +56,7 @@ class NativeEngine:
         self._copies: dict[str, int] = {}  # how many ranks of one model hold the same elements
         self._runs: nn.Module | None = None  # the model as it is called in training
         self.pipeline: Pipeline | None = None
+        self.layered: Layered | None = None
 
     @property
     def _sharded(self) -> bool:
@@ -100,6 +102,13 @@ class NativeEngine:
         if self.layout.pp > 1:
             self.pipeline = Pipeline(model, self.config, self.device, self._group("pp"))
             holders = self.pipeline.holders
+        if self.config.accumulation == "layered":
+            if not self._sharded:
+                raise UserError(
+                    "parallel.accumulation: layered spares FSDP's messages; it needs parallel.fsdp "
+                    "above 1"
+                )
+            self.layered = Layered(model)
         known = roles(model)  # those that this rank's stages have
         tp = self.layout.tp
         self._copies = {
@@ -136,7 +145,8 @@ class NativeEngine:
         return operations
 
     def optimizer(self, spec: PartConfig) -> Stepper | None:
-        """The trainer's own optimizer works on the parameters as they are."""
+        """None: the trainer's own optimizer works on the parameters as they are."""
+        return None
 
     def seed(self, seed: int) -> None:
         """Seed torch's generators: apart over the data axes, alike over the tensor axis.
@@ -159,8 +169,8 @@ class NativeEngine:
             parameter.grad = None
         batches = [self._move(batch) for batch in batches]
         known = known_before(batches, loss, self.total)
-        if self.pipeline is not None:
-            held = self._through_stages(self.pipeline, batches, loss, known)
+        if self.pipeline is not None or self.layered is not None:
+            held = self._in_parts(batches, loss, known)
         else:
             held, known = self._one_by_one(batches, loss, known)
         self._finish(held, known)
@@ -184,21 +194,22 @@ class NativeEngine:
             add(held, sums)
         return held, known
 
-    def _through_stages(
-        self, pipeline: Pipeline, batches: list[Batch], loss: LossFunction, known: Sums | None
-    ) -> Sums:
-        """Forward and backward of all micro-batches, as the pipeline's schedule has them."""
+    def _in_parts(self, batches: list[Batch], loss: LossFunction, known: Sums | None) -> Sums:
+        """Forward and backward of all micro-batches as a pipeline's stages, or the layers, go."""
 
         def ending(model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
             sums = loss(model, batch)
             return root(sums, known), sums
 
+        runner = self.pipeline or self.layered
+        assert runner is not None
         if self._sharded:
             keep_gathered(self.model)
-        held = pipeline.run(batches, ending, self._autocast)
+        held = runner.run(batches, ending, self._autocast)
         if self._sharded:
             reduce_gradients(self.model)
-        pipeline.sum_shared()
+        if self.pipeline is not None:
+            self.pipeline.sum_shared()
         return held
 
     def _move(self, batch: Batch) -> Batch:

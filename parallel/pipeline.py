@@ -29,7 +29,8 @@ from parallel.engine import Sums
 from parallel.gathered import let_go
 from parallel.gradients import local
 from parallel.schedules import SCHEDULES, check_micro_batches, stage_ranks
-from parallel.stages import Chunk, Stages
+from parallel.stages import Chunk, Stages, layers
+from parallel.work import Work, takes_work
 
 Ending = Callable[[nn.Module, Batch], tuple[Tensor, Sums]]
 """Model and batch → what is differentiated, and the sums."""
@@ -216,8 +217,9 @@ class Pipeline:
         group: dist.ProcessGroup,
     ):
         self.config, self.device, self.group = config, device, group
-        self.ranks = stage_ranks(config)
-        stages = Stages(model, len(self.ranks))
+        layered = SCHEDULES[config.schedule].layered
+        self.ranks = stage_ranks(config, max(1, layers(model) // config.pp) if layered else None)
+        stages = Stages(model, len(self.ranks), layers=layered)
         self.holders = stages.holders(model, self.ranks)
         """Every parameter of the whole model, and the pipeline ranks that hold it."""
         own = [index for index, rank in enumerate(self.ranks) if rank == group.rank()]
@@ -231,7 +233,7 @@ class Pipeline:
                 after.previous = before
         self.model = model
         self._end: Callable[[Stream, Batch], ModelOutput] = model.finish  # type: ignore[assignment]
-        model.forward = self._forward
+        takes_work(model, self._forward)
         model.here = False  # type: ignore[assignment]
         self._schedules: dict[int, Any] = {}
 
@@ -264,7 +266,7 @@ class Pipeline:
 
         def through(work: Callable[[], Any]) -> Any:
             with context():
-                return self.model(_Work(work))  # so that what wraps the model is about it
+                return self.model(Work(work))
 
         for stage in self.stages:
             stage.begin(batches, self.model.training, finish)
@@ -290,16 +292,13 @@ class Pipeline:
             )
         return self._schedules[micro_batches]
 
-    def _forward(self, batch: Batch | _Work) -> Any:
-        """What the model is called for: a batch, without gradients, or a stage's own work."""
-        if isinstance(batch, _Work):
-            return batch.work()
+    def _forward(self, batch: Batch) -> ModelOutput:
+        """The model's output on every rank, without gradients."""
         if torch.is_grad_enabled():
             raise TypeError("a model in a pipeline gets its gradients from forward_backward alone")
         output: ModelOutput | None = None
 
         def finish(stream: Stream, number: int) -> ModelOutput:
-            assert isinstance(batch, dict)
             return self._end(stream, batch)
 
         sent: list[dist.Work] = []
@@ -383,13 +382,6 @@ def _as_one(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     nodes, gradients = zip(*held, strict=True)
     parameters = set().union(*(group["params"] for group in reached))
     return [{"params": parameters, "intermediates": list(nodes), "grads": list(gradients)}]
-
-
-class _Work:
-    """What a stage does within the model's `forward`."""
-
-    def __init__(self, work: Callable[[], Any]):
-        self.work = work
 
 
 class Arrived(nn.Module):

@@ -22,6 +22,7 @@ class Schedule:
 
     torch: its name in PyTorch.
     stages: how many stages a rank holds; None: `virtual_stages`.
+    layered: as many as it has layers, each of which takes all micro-batches before the next.
     v_shaped: stage i and the i-th from the end stand on one rank, else every P-th stage does.
     halves: the backward pass comes in two halves, for inputs and for weights.
     fits: whether it runs with (ranks, micro-batches).
@@ -31,6 +32,7 @@ class Schedule:
     stages: int | None = 1
     v_shaped: bool = False
     halves: bool = False
+    layered: bool = False
     fits: Callable[[int, int], bool] = lambda ranks, micro_batches: True
 
 
@@ -54,19 +56,25 @@ SCHEDULES = {
         halves=True,
         fits=lambda ranks, micro_batches: micro_batches >= 2 * ranks,
     ),
+    "modular": Schedule("LoopedBFS", stages=None, layered=True),
 }
 """By the name in `parallel.schedule`.
 
 GPipe: Huang et al. 2018 (1811.06965). 1F1B and interleaved: Narayanan et al. 2021 (2104.04473).
 Zero bubble, and its V-shaped form: Qi et al. 2024 (2401.10241). DualPipeV: after DeepSeek-AI 2024
-(2412.19437).
+(2412.19437). Modular: Lamy-Poirier 2021 (2106.02679).
 """
 
 
-def stage_ranks(config: ParallelConfig) -> list[int]:
-    """The pipeline rank of every stage."""
+def stage_ranks(config: ParallelConfig, stages: int | None = None) -> list[int]:
+    """The pipeline rank of every stage.
+
+    Args:
+        stages: how many a rank holds, where the schedule leaves it open, instead of
+            `virtual_stages`.
+    """
     schedule, ranks = SCHEDULES[config.schedule], config.pp
-    each = schedule.stages or config.virtual_stages
+    each = schedule.stages or stages or config.virtual_stages
     if schedule.v_shaped:
         return [*range(ranks), *reversed(range(ranks))]
     return [stage % ranks for stage in range(each * ranks)]

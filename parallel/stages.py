@@ -12,6 +12,7 @@ from torch import nn
 
 from core.errors import UserError
 from model.accounting import flops_by_module
+from model.block import Block
 from model.output import Batch
 from model.stream import Stream
 from model.units import Unit
@@ -34,27 +35,34 @@ class Chunk(nn.Module):
 
 
 class Stages:
-    """A model, built whole on the meta device, divided into stages of about equal cost.
+    """A model, built whole on the meta device, divided into stages.
 
     Args:
-        count: how many stages; each gets at least one unit, or the end of the model.
+        count: how many stages of about equal cost; each gets at least one unit, or the end of the
+            model. None: one for each layer, the first and the last with what is outside.
+        layers: of about equal numbers of layers instead.
 
     Raises:
         UserError: if the model has too few units.
     """
 
-    def __init__(self, model: nn.Module, count: int):
+    def __init__(self, model: nn.Module, count: int | None, layers: bool = False):
         if not hasattr(model, "units"):
             raise UserError(f"parallel.pp: {type(model).__name__} does not say where to cut it")
         pipelined: Any = model
         self.units: list[Unit] = pipelined.units()
         self.end: tuple[str, ...] = pipelined.ending()
-        if count > len(self.units) + 1:
+        groups = [*(unit.modules for unit in self.units), self.end]
+        if count is None or layers:
+            self.costs = [_layers(model, names) for names in groups]
+            count = int(sum(self.costs)) if count is None else count
+        else:
+            self.costs = _costs(model, groups)
+        if count > len(groups):
             raise UserError(
                 f"parallel.pp: {count} stages are too many for this model, which can be cut into "
-                f"{len(self.units) + 1} at most; lower pp or virtual_stages, or raise model.depth"
+                f"{len(groups)} at most; lower pp or virtual_stages, or raise model.depth"
             )
-        self.costs = _costs(model, [*(unit.modules for unit in self.units), self.end])
         self.bounds = divide(self.costs, count)
 
     def of(self, stage: int) -> list[Unit]:
@@ -91,6 +99,16 @@ class Stages:
             Chunk(self.of(stage), {name: model.get_submodule(name) for name in names})
             for stage, names in kept.items()
         ]
+
+
+def layers(model: nn.Module) -> int:
+    """How many layers a model has, as a pipeline counts them."""
+    pipelined: Any = model
+    return int(sum(_layers(model, unit.modules) for unit in pipelined.units()))
+
+
+def _layers(model: nn.Module, names: tuple[str, ...]) -> float:
+    return float(any(isinstance(model.get_submodule(name), Block) for name in names))
 
 
 def _costs(model: nn.Module, groups: list[tuple[str, ...]]) -> list[float]:

@@ -30,12 +30,14 @@ class Contract:
     """A layout to compare with one process. `needs` are the names a mechanism may declare.
 
     experts: it says nothing about models without experts.
+    micro_batches: of how many the step is, on one process as well.
     """
 
     layout: dict[str, Any]
     needs: tuple[str, ...]
     recompute: str = "none"
     experts: bool = False
+    micro_batches: int = 1
 
     @property
     def world(self) -> int:
@@ -50,6 +52,8 @@ CONTRACTS = {
     "replicate": Contract({"replicate": 2, "fsdp": 1}, ("replicate",)),
     "cp": Contract({"cp": 2}, ("language", "cp")),
     "ep": Contract({"ep": 2}, ("fsdp", "ep"), experts=True),
+    "pp": Contract({"pp": 2}, ("pp",), micro_batches=2),
+    "pp_zbv": Contract({"pp": 2, "schedule": "zbv"}, ("pp",), micro_batches=4),
     "tp_fsdp": Contract({"tp": 2, "fsdp": 2}, ("tp", "fsdp")),
     "sp_replicate": Contract(
         {"tp": 2, "sequence_parallel": True, "replicate": 2, "fsdp": 1}, ("tp", "sp", "replicate")
@@ -61,6 +65,8 @@ CONTRACTS = {
     "cp_fsdp": Contract({"cp": 2, "fsdp": 2}, ("language", "cp", "fsdp")),
     "tp_ep": Contract({"tp": 2, "ep": 2}, ("tp", "fsdp", "ep"), experts=True),
     "ep_fsdp": Contract({"ep": 2, "fsdp": 2}, ("fsdp", "ep"), experts=True),
+    "pp_tp": Contract({"pp": 2, "tp": 2}, ("pp", "tp"), micro_batches=2),
+    "pp_fsdp": Contract({"pp": 2, "fsdp": 2}, ("pp", "fsdp"), micro_batches=2),
 }
 """Contracts of 1, 2 and 4 processes, by name; those of 4 belong to the slow tests."""
 
@@ -88,6 +94,7 @@ def prove(name: str, subject: Probe, ranks: Ranks | None, plugins: tuple[str, ..
         subject.batch(),
         {name: contract.layout},
         prepare={"recompute": contract.recompute},
+        micro_batches=contract.micro_batches,
         stirred=True,
     )[name]
     assert found.worst <= TOLERANCE, f"relative errors against one process: {found}"
