@@ -91,7 +91,7 @@ class Experts(nn.Module):
     ) -> Callable[[], Tensor]:
         """As `capped`, in two steps."""
         to: Assignments = slot(chosen_Nk, place_Nk, self.experts, capacity)
-        finish = self.begin_each(to.spread(x_ND).view(self.experts, capacity, -1))
+        finish = self.begin_each(to.spread(x_ND).unflatten(0, (self.experts, capacity)))
         return lambda: to.gather(finish().flatten(0, 1), weights_Nk)
 
     def each(self, x_ECD: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Routing:
         Where tokens have unequally many, the share of this rank's tokens that it receives.
         """
         of = self.chosen if self.kept is None else self.chosen[..., 0]
-        return self.count() / of.numel()
+        return self.count() / max(1, of.numel())
 
     def preferred(self) -> Tensor:
         """The load that the shares alone would give each expert, of each sample, BE.

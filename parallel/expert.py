@@ -97,11 +97,13 @@ class _Slots(_Exchanged):
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         x_PD, count_L = super().arrive()
-        return x_PD.view(len(count_L), -1, x_PD.shape[-1]), count_L
+        here = len(count_L)
+        return x_PD.unflatten(0, (here, len(x_PD) // here)), count_L
 
     def back(self, y: Tensor) -> Tensor:
         y_PD = super().back(y.flatten(0, 1))
-        return y_PD.view(len(self.count_E) * self.by.size, -1, y_PD.shape[-1])
+        experts = len(self.count_E) * self.by.size
+        return y_PD.unflatten(0, (experts, len(y_PD) // experts))
 
 
 class AllToAll(Function):
