@@ -13,6 +13,8 @@ LAYOUTS = {
     "fsdp2": {"fsdp": 2},
     "tp2": {"tp": 2},
     "tp2+sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "pp2+zbv": {"pp": 2, "schedule": "zbv"},
 }
 OPTIMIZERS = {
     "adamw": {"name": "adamw", "lr": 3e-3},
@@ -76,7 +78,7 @@ def test_two_ranks_are_one_process(ranks, layout, optimizer):
     assert rows[-1][0] < rows[0][0]
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2", "pp2+zbv"])
 def test_saved_by_two_ranks_and_resumed_by_one(ranks, layout, tmp_path: Path):
     rows, validation = alone("muon")
     halves = ranks.run(train, "muon", LAYOUTS[layout], folder=tmp_path, steps=6)
@@ -86,9 +88,33 @@ def test_saved_by_two_ranks_and_resumed_by_one(ranks, layout, tmp_path: Path):
     assert measured == pytest.approx(validation, rel=1e-4)
 
 
-def test_resumed_at_the_same_layout_is_bitwise(ranks, tmp_path: Path):
-    (rows, validation), _ = ranks.run(train, "muon", LAYOUTS["fsdp2"])
-    (first, _), _ = ranks.run(train, "muon", LAYOUTS["fsdp2"], folder=tmp_path, steps=6)
-    (rest, measured), _ = ranks.run(train, "muon", LAYOUTS["fsdp2"], folder=tmp_path, resume=True)
+@pytest.mark.parametrize("saved", ["alone", "tp2", "pp2+zbv"])
+def test_resumed_as_a_pipeline(ranks, saved, tmp_path: Path):
+    """A tied table stands in the checkpoint once, and each of its holders reads it."""
+    rows, validation = alone("adamw")
+    if saved == "alone":
+        first, _ = train("adamw", folder=tmp_path, steps=6)
+    else:
+        first, _ = ranks.run(train, "adamw", LAYOUTS[saved], folder=tmp_path, steps=6)[0]
+    for rest, measured in ranks.run(train, "adamw", LAYOUTS["pp2"], folder=tmp_path, resume=True):
+        for a, b in zip(first + rest, rows, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+        assert measured == pytest.approx(validation, rel=1e-4)
+
+
+def test_saved_by_a_pipeline_and_resumed_by_tensor_ranks(ranks, tmp_path: Path):
+    rows, _ = alone("muon")
+    first, _ = ranks.run(train, "muon", LAYOUTS["pp2"], folder=tmp_path, steps=6)[0]
+    rest, _ = ranks.run(train, "muon", LAYOUTS["tp2"], folder=tmp_path, resume=True)[0]
+    for a, b in zip(first + rest, rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
+def test_resumed_at_the_same_layout_is_bitwise(ranks, layout, tmp_path: Path):
+    same = LAYOUTS[layout]
+    (rows, validation), _ = ranks.run(train, "muon", same)
+    (first, _), _ = ranks.run(train, "muon", same, folder=tmp_path, steps=6)
+    (rest, measured), _ = ranks.run(train, "muon", same, folder=tmp_path, resume=True)
     assert first + rest == rows
     assert measured == validation

@@ -109,8 +109,6 @@ class Labels:
         self.parts_of[main] += [(s, e, f"forward {block}") for s, e, block in blocks]
         for line in self.parts_of.values():
             line.sort()
-        self.turn = min((float(e["ts"]) for e in backward), default=float("inf"))
-        """When the first backward pass begins."""
 
     def at(self, moment: float, thread: int) -> str:
         """The label of a moment on a thread of the host."""
@@ -121,7 +119,8 @@ class Labels:
         phase = next((name for start, end, name in self.phases if start <= moment < end), "other")
         if phase != "model":
             return phase
-        return "forward" if moment < self.turn else "backward"
+        # Outside of blocks and of autograd it is what it was before: a head follows its blocks.
+        return line[index][2].split()[0] if index >= 0 else "forward"
 
     def parts(self, first: float, last: float) -> list[Span]:
         """The main thread's time, cut where its label changes."""
@@ -129,7 +128,6 @@ class Labels:
         line = self.parts_of[main]
         cuts = {first, last, *(edge for start, end, _ in self.phases for edge in (start, end))}
         cuts |= {edge for start, end, _ in line for edge in (start, end)}
-        cuts |= {self.turn} if self.turn < last else set()
         found: list[Span] = []
         edges = sorted(cut for cut in cuts if first <= cut <= last)
         for start, end in pairwise(edges):

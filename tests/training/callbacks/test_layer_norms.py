@@ -14,6 +14,9 @@ LAYOUTS = {
     "fsdp2": {"fsdp": 2},
     "tp2": {"tp": 2},
     "tp2+sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "zbv": {"pp": 2, "schedule": "zbv"},
+    "cp2": {"cp": 2},
 }
 
 

@@ -46,6 +46,15 @@ def test_time_is_named_by_phase_and_block_and_starts_at_zero():
     ]
 
 
+def test_a_second_micro_batch_goes_forward_again():
+    backward = event("autograd::engine::evaluate_function: Mm", 1500, 1600, Sequence_number=5)
+    again = [mark("block: 0", 1650, 1750), event("aten::log_softmax", 1750, 1850)]
+    names = [name for _, name, *_ in found([*PHASES, *BLOCK, backward, *again])]
+    assert names == [
+        "data", "forward", "forward 0", "forward", "backward 0", "backward", "forward 0", "forward",
+    ]  # fmt: skip
+
+
 def test_waiting_for_a_tensor_is_cut_out_of_computing():
     waits = event("_c10d_functional::wait_tensor", 1300, 1350)
     computed = found([*PHASES, *BLOCK, waits])
