@@ -32,6 +32,7 @@ KEPT: frozenset[Any] = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops._c10d_functional.all_gather_into_tensor.default,
         torch.ops._c10d_functional.all_reduce.default,
+        torch.ops._c10d_functional.all_to_all_single.default,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
     }
 )
