@@ -33,6 +33,8 @@ Parts = Callable[[int], list[tuple[slice, range]]]
 """A rank → where its runs of tokens stand among its own, and which of all tokens they are."""
 
 
+# Not compiled: its loop follows the documents, which a graph cannot.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def ring_attention(
     q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scores: Scores, parts: Parts, group: Group
 ) -> Tensor:

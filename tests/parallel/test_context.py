@@ -388,6 +388,14 @@ def test_recomputed(ranks: Ranks, recompute: str) -> None:
     assert found.worst < 1e-5, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled(ranks: Ranks, method: str) -> None:
+    layout, prepare = {"cp": {"cp": 2, "cp_method": method}}, {"compile": True}
+    found = compare(ranks, language(), batch(), layout, prepare=prepare)["cp"]
+    assert found.worst < 1e-5, found
+
+
 def test_micro_batches(ranks: Ranks) -> None:
     found = compare(ranks, language(), batch(), {"cp": {"cp": 2}}, micro_batches=2)["cp"]
     assert found.worst < 1e-5, found
