@@ -139,7 +139,7 @@ def _timeline(run: Run) -> str:
             )
         )
     heads = ["rank", "step", "computing", "waiting", "messages under way", "beside computing",
-             "peak memory", "messages, bytes this rank gave"]  # fmt: skip
+             "peak memory", "messages, their bytes on this rank"]  # fmt: skip
     some = (
         f", {len(shown)} of {len(run.timelines)} ranks" if len(shown) < len(run.timelines) else ""
     )

@@ -39,7 +39,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px;
 th { text-align: left; color: var(--soft); font-weight: 500; font-size: 13px; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--faint); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
-td.n, th.n { text-align: right; }
+td { white-space: nowrap; } td:last-child { white-space: normal; }
 .bad { color: var(--red); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 12px; font-size: 13px; }
 .legend i { display: inline-block; width: 14px; height: 10px; margin-right: 6px;

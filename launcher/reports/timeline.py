@@ -9,7 +9,7 @@ from typing import Any
 from launcher.reports.scale import Scale, seconds, size
 from launcher.reports.svg import picture, tag, text, title
 
-WIDTH, LEFT, RIGHT, TOP = 1160, 96, 16, 8
+WIDTH, LEFT, RIGHT, TOP = 1160, 96, 32, 8
 LANE, THIN, GAP = 22, 9, 16
 """Heights: of the lane of computing, of one of messages, between ranks."""
 MOST_RANKS = 16
