@@ -15,6 +15,7 @@ from data_pipeline.data import Data
 from launcher.config import RunConfig
 from model.language import LanguageConfig
 from parallel.context import tokens_unit
+from parallel.schedules import check_halves, check_micro_batches
 
 
 def wrong(source: Source, key: str, message: str) -> UserError:
@@ -69,6 +70,19 @@ def check_batch(config: RunConfig, source: Source, data_size: int) -> None:
             f"{train.global_batch} is not a multiple of {unit} ({parts}); "
             f"the nearest that works is {works}",
         )
+    check_pipeline(config, data_size)
+
+
+def check_pipeline(config: RunConfig, data_size: int) -> None:
+    """The schedule can run the step's micro-batches, and what else is asked of the backward pass.
+
+    Raises:
+        UserError: proposing what works.
+    """
+    train, samples = config.train, config.train.global_batch // data_size
+    micro = samples if train.micro_batch == "auto" else train.micro_batch
+    check_micro_batches(config.parallel, samples // micro, samples)
+    check_halves(config.parallel, recompute=train.recompute, compile=train.compile)
 
 
 def resolve(config: RunConfig, source: Source, data: Data) -> RunConfig:

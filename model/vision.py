@@ -141,6 +141,9 @@ class VisionModel(nn.Module):
     which it returns the reconstruction's loss per image.
     """
 
+    here = True
+    """Whether all its blocks are on this rank; an engine that cuts the model says no."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         if "from_data" in (config.image_size, config.channels, config.classes):

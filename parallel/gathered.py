@@ -48,6 +48,16 @@ def let_go(part: nn.Module) -> None:
         block.reshard()
 
 
+def let_all_go(model: nn.Module) -> None:
+    """Drop all gathered parameters; a forward pass without a backward pass leaves some.
+
+    They would be read in place of the shards, whatever becomes of these.
+    """
+    let_go(model)
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _blocks(part: nn.Module) -> list[FSDPModule]:
     return [m for m in part.modules() if isinstance(m, FSDPModule) and m is not part]
 

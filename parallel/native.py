@@ -28,13 +28,14 @@ from parallel.crossing import bind_context
 from parallel.divisors import add, divisors, known_before, root
 from parallel.engine import LossFunction, Precision, Recompute, Stepper, Sums
 from parallel.expert import ExpertDispatch
-from parallel.gathered import keep_gathered, reduce_gradients
+from parallel.gathered import keep_gathered, let_all_go, reduce_gradients
 from parallel.gradients import local, local_gradients, scale, squares, sum_over
 from parallel.layered import Layered
 from parallel.layout import Layout
 from parallel.mesh import mesh_for
 from parallel.pipeline import Pipeline
 from parallel.recompute import wrap_blocks
+from parallel.schedules import check_halves
 from parallel.shard import fill, local_part, split_data, split_model
 from parallel.tensor import DataOperations, TensorOperations, bind, partial_names
 
@@ -92,6 +93,7 @@ class NativeEngine:
     ) -> None:
         """Shard a model on the meta device and bind it; its parameters have no memory yet."""
         check_model(self.layout, model, recompute=recompute, compile=compile)
+        check_halves(self.config, recompute=recompute, compile=compile)
         if not all(parameter.is_meta for parameter in model.parameters()):
             raise TypeError(
                 'build the model under torch.device("meta"): prepare gives it its values'
@@ -165,6 +167,7 @@ class NativeEngine:
 
     def forward_backward(self, batches: list[Batch], loss: LossFunction) -> Sums:
         assert self._runs is not None and batches, "prepare the engine, and bring micro-batches"
+        let_all_go(self.model)
         for parameter in self.model.parameters():
             parameter.grad = None
         batches = [self._move(batch) for batch in batches]
@@ -321,6 +324,7 @@ class NativeEngine:
             odd = sorted(state.keys() ^ known.keys())[0]
             where = "is not in the model" if odd in state else "is missing"
             raise UserError(f"model state: '{odd}' {where}{hint(odd, known)}")
+        let_all_go(self.model)
         for name, parameter in self.model.named_parameters():
             value = state[name]
             if value.shape != parameter.shape:

@@ -80,8 +80,13 @@ def stage_ranks(config: ParallelConfig, stages: int | None = None) -> list[int]:
     return [stage % ranks for stage in range(each * ranks)]
 
 
-def check_micro_batches(config: ParallelConfig, micro_batches: int) -> None:
+def check_micro_batches(
+    config: ParallelConfig, micro_batches: int, samples: int | None = None
+) -> None:
     """Whether a step of so many micro-batches can be scheduled.
+
+    Args:
+        samples: of a rank in a step, for a better proposal.
 
     Raises:
         UserError: naming the smallest number above that can.
@@ -90,8 +95,36 @@ def check_micro_batches(config: ParallelConfig, micro_batches: int) -> None:
     if config.pp == 1 or schedule.fits(config.pp, micro_batches):
         return
     works = next(n for n in count(micro_batches) if schedule.fits(config.pp, n))
+    proposal = "lower train.micro_batch or raise train.global_batch"
+    if samples is not None:
+        proposal = "raise train.global_batch"
+        for number in range(micro_batches, samples + 1):
+            if samples % number == 0 and schedule.fits(config.pp, number):
+                proposal = f"use train.micro_batch={samples // number}"
+                break
     raise UserError(
         f"parallel.schedule: {config.schedule} on {config.pp} pipeline ranks cannot run a step of "
-        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}; it can of {works}: lower "
-        "train.micro_batch or raise train.global_batch"
+        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}; it can of {works}: "
+        f"{proposal}"
     )
+
+
+def check_halves(config: ParallelConfig, *, recompute: str, compile: bool) -> None:
+    """Whether the backward pass may come in halves, where the schedule has it so.
+
+    Raises:
+        UserError: naming what stands against it.
+    """
+    if config.pp == 1 or not SCHEDULES[config.schedule].halves:
+        return
+    name = f"parallel.schedule: {config.schedule} runs the backward pass in two halves"
+    if compile:
+        raise UserError(
+            f"{name}, which compiled blocks cannot; use train.compile=false, or "
+            "parallel.schedule=interleaved_1f1b"
+        )
+    if recompute == "selective":
+        raise UserError(
+            f"{name}, of which selective recomputation serves one; use train.recompute=block, or "
+            "parallel.schedule=interleaved_1f1b"
+        )

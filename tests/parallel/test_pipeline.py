@@ -23,7 +23,8 @@ from evaluation.contracts.parity import (
 from evaluation.contracts.ranks import Ranks
 from model.generate import generate
 from model.output import Batch
-from parallel.schedules import SCHEDULES
+from parallel.config import ParallelConfig
+from parallel.schedules import SCHEDULES, check_halves
 from tests.parallel.test_native import VISION
 from tests.parallel.test_parity import GROUPED, TOLERANCE, batch, config
 
@@ -124,11 +125,20 @@ def test_encoder_decoder(ranks: Ranks, schedule: str) -> None:
     assert found.worst < TOLERANCE, found
 
 
-@pytest.mark.parametrize("recompute", ["block", "selective"])
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize(
+    ("schedule", "recompute"), [("1f1b", "block"), ("1f1b", "selective"), ("zbv", "block")]
+)
 def test_recomputed(ranks: Ranks, schedule: str, recompute: str) -> None:
     found = proven(ranks, LOSSY, schedule, prepare={"recompute": recompute})
     assert found.worst < TOLERANCE, found
+
+
+@pytest.mark.parametrize("options", [{"recompute": "selective"}, {"compile": True}])
+def test_what_halves_of_a_backward_pass_cannot_do(options: dict[str, Any]) -> None:
+    asked = {"recompute": "none", "compile": False, **options}
+    with pytest.raises(UserError, match="zbv runs the backward pass in two halves"):
+        check_halves(ParallelConfig(pp=2, schedule="zbv"), **asked)
+    check_halves(ParallelConfig(pp=2, schedule="interleaved_1f1b"), **asked)
 
 
 PRODUCTS: dict[str, dict[str, Any]] = {

@@ -87,7 +87,7 @@ class Muon(Optimizer):
         self.momentum, self.nesterov, self.scale = momentum, nesterov, scale
         self.newton_schulz_steps, self.weight_decay = newton_schulz_steps, weight_decay
         self.matrices = [s for s in self.shards if s.role.matrix]
-        if not self.matrices:
+        if not self.matrices and getattr(model, "here", True):  # a pipeline's stage may have none
             raise UserError(
                 "train.optimizer: muon is for hidden matrices and the model has none; use adamw"
             )
