@@ -78,22 +78,11 @@ class Border:
                 leaves[index] = part.view(shape)
         return pytree.tree_unflatten(leaves, pytree.tree_structure(self.like))
 
-    def empty(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Room for what arrives."""
-        return tuple(
-            torch.empty(self._size(indices), dtype=dtype, device=device)
-            for (dtype, _), indices in self.kinds.items()
-        )
-
-    def empty_gradients(self, device: torch.device) -> tuple[Tensor | None, ...]:
-        """Room for the gradients that come back; None where there is none."""
-        return tuple(
-            torch.empty(self._size(indices), dtype=dtype, device=device) if grad else None
-            for (dtype, grad), indices in self.kinds.items()
-        )
-
-    def _size(self, indices: list[int]) -> int:
-        return sum(math.prod(shape) for shape in self._shapes(indices))
+    def room(self, kind: Kind, device: torch.device) -> Tensor:
+        """Room for what travels together, or for its gradient."""
+        shapes = self._shapes(self.kinds[kind])
+        size = sum(math.prod(shape) for shape in shapes)
+        return torch.empty(size, dtype=kind[0], device=device)
 
     def _shapes(self, indices: list[int]) -> list[tuple[int, ...]]:
         held = (self.fields[index] for index in indices)

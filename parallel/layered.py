@@ -21,9 +21,8 @@ from parallel.collectives import settled
 from parallel.divisors import add
 from parallel.engine import Sums
 from parallel.gathered import let_go, reduce_blocks
-from parallel.pipeline import Arrived, Ending
 from parallel.stages import Chunk, Stages
-from parallel.work import Work, takes_work
+from parallel.work import Arrived, Ending, Work, takes_work
 
 
 class Layered:

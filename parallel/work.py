@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from model.output import Batch, ModelOutput
+from model.stream import Stream
+from parallel.engine import Sums
+
+Ending = Callable[[nn.Module, Batch], tuple[Tensor, Sums]]
+"""The end of a micro-batch: model and batch → what is differentiated, and the sums."""
 
 
 class Work:
@@ -25,3 +32,15 @@ def takes_work(model: nn.Module, forward: Callable[..., Any]) -> None:
         return batch.run() if isinstance(batch, Work) else forward(batch, *rest)
 
     model.forward = dispatch
+
+
+class Arrived(nn.Module):
+    """The model as a loss sees it on the last stage: a stream has come, and the end is left."""
+
+    def __init__(self, end: Callable[[Stream, Batch], ModelOutput], stream: Stream, training: bool):
+        super().__init__()
+        self.training = training
+        self._end, self._stream = end, stream
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        return self._end(self._stream, batch)

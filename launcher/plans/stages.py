@@ -15,9 +15,10 @@ from model.zoo import build_model
 from parallel.border import Border
 from parallel.layout import Layout
 from parallel.native import NativeEngine
-from parallel.pipeline import Pipeline, StreamStage
+from parallel.pipeline import Pipeline
 from parallel.schedules import stage_ranks
 from parallel.stages import Stages
+from parallel.stream_stage import StreamStage
 
 
 def borders(config: RunConfig, layout: Layout, micro_batch: int) -> list[Border]:
