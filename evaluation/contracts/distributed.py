@@ -50,7 +50,7 @@ CONTRACTS = {
     "sp": Contract({"tp": 2, "sequence_parallel": True}, ("tp", "sp")),
     "fsdp": Contract({"fsdp": 2}, ("fsdp",)),
     "replicate": Contract({"replicate": 2, "fsdp": 1}, ("replicate",)),
-    "cp": Contract({"cp": 2}, ("language", "cp")),
+    "cp": Contract({"cp": 2}, ("cp",)),
     "ep": Contract({"ep": 2}, ("fsdp", "ep"), experts=True),
     "pp": Contract({"pp": 2}, ("pp",), micro_batches=2),
     "pp_zbv": Contract({"pp": 2, "schedule": "zbv"}, ("pp",), micro_batches=4),
@@ -58,11 +58,11 @@ CONTRACTS = {
     "sp_replicate": Contract(
         {"tp": 2, "sequence_parallel": True, "replicate": 2, "fsdp": 1}, ("tp", "sp", "replicate")
     ),
-    "cp_tp": Contract({"cp": 2, "tp": 2}, ("language", "cp", "tp")),
-    "cp_sp": Contract(
-        {"cp": 2, "tp": 2, "sequence_parallel": True}, ("language", "cp", "tp", "sp")
-    ),
-    "cp_fsdp": Contract({"cp": 2, "fsdp": 2}, ("language", "cp", "fsdp")),
+    "cp_tp": Contract({"cp": 2, "tp": 2}, ("cp", "tp")),
+    "cp_sp": Contract({"cp": 2, "tp": 2, "sequence_parallel": True}, ("cp", "tp", "sp")),
+    "cp_fsdp": Contract({"cp": 2, "fsdp": 2}, ("cp", "fsdp")),
+    "cp_ep": Contract({"cp": 2, "ep": 2}, ("cp", "ep"), experts=True),
+    "pp_cp": Contract({"pp": 2, "cp": 2}, ("pp", "cp"), micro_batches=2),
     "tp_ep": Contract({"tp": 2, "ep": 2}, ("tp", "fsdp", "ep"), experts=True),
     "ep_fsdp": Contract({"ep": 2, "fsdp": 2}, ("fsdp", "ep"), experts=True),
     "pp_tp": Contract({"pp": 2, "tp": 2}, ("pp", "tp"), micro_batches=2),
@@ -72,7 +72,12 @@ CONTRACTS = {
 
 
 def concerns(name: str, subject: Probe) -> bool:
-    """Whether a contract says something about a mechanism."""
+    """Whether a contract says something about a mechanism.
+
+    The context axis divides texts only; what is proven in a vision model is beside it.
+    """
+    if CONTRACTS[name].layout.get("cp", 1) > 1 and subject.config["kind"] == "vision":
+        return False
     if not CONTRACTS[name].experts:
         return True
     known = roles(on_meta(subject.config))
