@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from core.errors import UserError
 from parallel.layout import Layout
 
+TESTED = "0.16"
+"""The releases of megatron-core that this engine is made for; it leans on what is not public."""
 ORDER = "tp-cp-ep-dp-pp"
 """Megatron's order of ranks, fastest first; ours (`parallel/layout.py`) read backwards."""
 
@@ -33,8 +36,9 @@ def require() -> Any:
     """The module `megatron.core.parallel_state`.
 
     Raises:
-        UserError: where the package is missing or does not import.
+        UserError: where the package is missing, of another release, or does not import.
     """
+    install = "pip install 'manyforms[megatron]'"
     try:
         with quiet():
             from megatron.core import parallel_state
@@ -42,9 +46,14 @@ def require() -> Any:
         missing = (error.name or "").split(".")[0] == "megatron"
         why = "" if missing else f" ({error})"
         raise UserError(
-            f"parallel.engine: megatron needs the package megatron-core{why}: "
-            "pip install 'manyforms[megatron]'"
+            f"parallel.engine: megatron needs the package megatron-core{why}: {install}"
         ) from None
+    found = metadata.version("megatron-core")
+    if not found.startswith(f"{TESTED}."):
+        raise UserError(
+            f"parallel.engine: megatron is made for megatron-core {TESTED}, and {found} is "
+            f"installed: {install}"
+        )
     return parallel_state
 
 
@@ -88,7 +97,7 @@ def leave() -> None:
 
 
 class _TorchOnCpu:
-    """torch as Megatron's mappings see it where they run on the CPU."""
+    """torch as two modules of Megatron see it where they run on the CPU."""
 
     class cuda:  # noqa: N801
         @staticmethod
@@ -100,14 +109,16 @@ class _TorchOnCpu:
 
 
 def _allocate_on(device: torch.device) -> None:
-    """Where Megatron's mappings allocate what they gather.
+    """Where Megatron's mappings and DDP allocate what they gather and reduce.
 
     They ask for the current CUDA device whatever their input is on; on the CPU they are told that
     it is the CPU. This is the one thing that the engine changes in the package.
     """
     with quiet():
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.tensor_parallel import mappings
-    mappings.torch = torch if device.type == "cuda" else _TorchOnCpu()
+    for module in (mappings, param_and_grad_buffer):
+        module.torch = torch if device.type == "cuda" else _TorchOnCpu()
     # The package calls two collectives by names that torch has changed since.
     renamed = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)

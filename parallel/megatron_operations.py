@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd import Function
 
-from model.operations import Operations
+from model.roles import Role
 from parallel.collectives import Group, apply
 from parallel.tensor import TOKENS, DataOperations, TensorOperations
 
@@ -44,8 +44,15 @@ class OwnGradient(Function):
         return grad.clone(memory_format=torch.contiguous_format)
 
 
-class MegatronLoss(Operations):
-    """Megatron's cross-entropy, on one rank of the tensor axis or several."""
+class MegatronAlone(DataOperations):
+    """One rank on the tensor axis: Megatron's cross-entropy, and its DDP's parameters."""
+
+    twins: dict[Tensor, Tensor] = {}
+    """Parameter → the plain one that Megatron's DDP holds; none without it."""
+
+    def weight(self, parameter: Tensor, role: Role, inside: bool) -> Tensor:
+        twin = self.twins.get(parameter)
+        return super().weight(parameter, role, inside) if twin is None else twin
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, ignore: int) -> Tensor:
         # float32 logits are normalised in place: a copy is
@@ -54,11 +61,7 @@ class MegatronLoss(Operations):
         return loss_N.where(targets_N != ignore, 0.0)
 
 
-class MegatronDataOperations(MegatronLoss, DataOperations):
-    """One rank on the tensor axis."""
-
-
-class MegatronOperations(MegatronLoss, TensorOperations):
+class MegatronOperations(MegatronAlone, TensorOperations):
     """Several ranks on the tensor axis; `group` is Megatron's."""
 
     def __init__(self, group: Group, data: Group | None, sequence_parallel: bool):
