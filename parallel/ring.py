@@ -1,9 +1,10 @@
 """Ring attention: keys and values pass round the ranks, queries stay (Liu et al. 2023, 2310.01889).
 
 While a rank computes with the keys and values that it holds, the next ones are on their way. In the
-backward pass they go round once more, and the gradients of each block travel behind it, one step
-late, back to where it came from. So memory grows linearly with the tokens of a rank, and every
-rank sends (P − 1) blocks forward, and (P − 1) blocks and P gradients backward.
+backward pass they go round once more, and what the other ranks add to the gradients of each block
+travels behind it, one step late, back to where it came from. So memory grows linearly with the
+tokens of a rank, and every rank sends (P − 1) blocks forward, and (P − 1) blocks and as many
+gradients backward.
 
 Axes: B batch, H query heads, G key-value heads, T tokens of a rank, K head width.
 """
@@ -94,7 +95,7 @@ class RingAttention(Function):
         trained = per_head is not None and ctx.needs_input_grad[3]
         dq = _zeros(q)
         d_head = torch.zeros_like(per_head) if trained else None
-        travelling: Tensor | None = None
+        own = travelling = None
         with torch.autocast(q.device.type, enabled=False):
             for source, k_block, v_block in _round(k, v, group):
                 dk, dv = _zeros(k), _zeros(v)
@@ -115,11 +116,16 @@ class RingAttention(Function):
                             ctx.chance,
                         )
                 block = _packed(dk, dv)
+                if own is None:
+                    own = block  # the first is this rank's, and stays
+                    continue
                 if travelling is not None:
                     block += settled(travelling)
                 travelling = to_next(block, group)
-        assert travelling is not None
-        dk, dv = _unpacked(settled(travelling), k, v)
+        assert own is not None
+        if travelling is not None:
+            own += settled(travelling)
+        dk, dv = _unpacked(own, k, v)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_head, None, None, None, None
 
 

@@ -28,18 +28,22 @@ class Message:
     axis: the mesh axes it runs over, as `tp` or `fsdp×ep`.
     bytes: the whole tensor: what a gather gives, what a reduction takes, what an exchange holds.
     size: how many ranks take part.
+    kept: bytes of an uneven exchange that stay on this rank; None where all get equal shares.
     """
 
     operation: str
     axis: str
     bytes: int
     size: int
+    kept: int | None = None
 
     @property
     def sent(self) -> float:
         """The least that each rank must send: (n−1)/n of the bytes, twice that to reduce to all."""
         if self.operation == "send":
             return float(self.bytes)
+        if self.kept is not None:
+            return float(self.bytes - self.kept)
         share = self.bytes * (self.size - 1) / self.size
         return 2 * share if self.operation == "all_reduce" else share
 
@@ -71,7 +75,15 @@ _OPERATIONS: dict[str, tuple[str, int | None]] = {
     "send": ("send", 0),
     "isend": ("send", 0),
 }
-_SILENT = {"recv_", "irecv", "recv_any_source_", "barrier", "wait_tensor", "check_for_nan"}
+_SILENT = {
+    "recv_",
+    "irecv",
+    "recv_any_source_",
+    "barrier",
+    "wait_tensor",
+    "check_for_nan",
+    "_wrap_tensor_autograd",
+}
 """Counted where they are sent, or without a payload."""
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
@@ -108,7 +120,8 @@ class Traffic(TorchDispatchMode):
         size = group.size()
         if size > 1 and whole:
             axis = self.axes.get(str(group.group_name), "other")
-            self.messages.append(Message(operation, axis, whole, size))
+            kept = _kept(func, args, group, whole)
+            self.messages.append(Message(operation, axis, whole, size, kept))
 
     def by_axis(self) -> dict[str, dict[str, tuple[int, int]]]:
         """axis → operation → (how many, their bytes)."""
@@ -128,6 +141,14 @@ def _group(func: Any, args: Any) -> dist.ProcessGroup:
         if argument.name == "process_group":
             return dist.ProcessGroup.unbox(value)
     raise TypeError(f"{func} names no process group")
+
+
+def _kept(func: Any, args: Any, group: dist.ProcessGroup, whole: int) -> int | None:
+    """What an exchange with stated shares leaves on this rank."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.name == "input_split_sizes" and value:
+            return int(whole * value[group.rank()] / sum(value))
+    return None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -231,7 +231,7 @@ def messages_on_a_rank() -> tuple[list[int], list[int]]:
 def test_the_ring_sends_keys_and_values_once(ranks: Ranks) -> None:
     """One key head for four query heads crosses, not four; gradients go once round."""
     block = 2 * (2 * 1 * 6 * 4)
-    assert ranks.run(messages_on_a_rank) == [([block], [block] * 3)] * 2
+    assert ranks.run(messages_on_a_rank) == [([block], [block] * 2)] * 2
 
 
 def peak_on_a_rank(tokens: int, method: str, selective: bool = False) -> int:
