@@ -107,7 +107,7 @@ class Watchdog:
         self._stop.set()
         self.tell(why)
         for thread in self._threads:
-            thread.join(1.0)  # at the interpreter's end, a thread inside of c10d would abort it
+            thread.join(5.0)  # at the interpreter's end, a thread inside of c10d would abort it
 
     def tell(self, why: str) -> None:
         """Let the others know that this rank has ended, and why; waits a moment for the store."""
@@ -137,8 +137,9 @@ class Watchdog:
 
     def _talk(self) -> None:
         alarms = 0
-        while not self._stop.is_set() or self._hurry.is_set():
+        while True:
             self._hurry.clear()
+            stopping = self._stop.is_set() and bool(self._ended)
             try:
                 self._talking = time.monotonic()
                 if signs.closed(self._canary):
@@ -158,6 +159,8 @@ class Watchdog:
                 self._lost = self._lost or time.monotonic()
             finally:
                 self._talking = None
+            if stopping:
+                return
             pause = self.tick if not self._asked else min(self.tick, 0.25)
             self._hurry.wait(pause)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from parallel.launch import WorkerError, launch_local
-from tests.parallel import workers
+from parallel.launch import GRACE, WorkerError, launch_local
+from parallel.watchdog import PeerFailure
+from tests.parallel import victims, workers
 
 
 def test_workers_join_one_job(tmp_path: Path) -> None:
@@ -38,6 +39,23 @@ def test_a_layout_that_does_not_fit_is_a_mistake(tmp_path: Path) -> None:
 def test_a_death_is_reported() -> None:
     with pytest.raises(WorkerError, match=r"rank 1 ended without a word, by signal SIGKILL"):
         launch_local(2, workers.killed)
+
+
+def test_a_death_in_training_names_the_collective(tmp_path: Path) -> None:
+    said = (
+        r"^rank 1 ended by signal SIGKILL \(the machine may have run out of memory\); "
+        r"the others waited in all_reduce over all ranks .*step 6"
+    )
+    with pytest.raises(PeerFailure, match=said):
+        launch_local(2, victims.train, str(tmp_path), 1, "killed")
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_and_ended(tmp_path: Path) -> None:
+    with pytest.raises(PeerFailure, match=r"^rank 1 is stopped \(SIGSTOP\); the others waited"):
+        launch_local(2, victims.train, str(tmp_path), 1, "stopped")
+    since = float((tmp_path / "when").read_text())
+    assert time.time() - since < victims.TIMEOUT + GRACE + 8.0
 
 
 def test_signals_are_passed_on(tmp_path: Path) -> None:

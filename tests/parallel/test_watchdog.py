@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -15,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.parallel import victims
+from tests.parallel.victims import TIMEOUT
 
-TIMEOUT = 3.0
 SLACK = 8.0
 """Seconds more for ranks that share a busy machine; alone, they need one or two."""
 Job = Callable[[int, int, str], list[BaseProcess]]
@@ -118,3 +120,21 @@ def test_a_send_that_never_comes(job: Job, tmp_path: Path) -> None:
     for line in said(tmp_path, 3)[1:]:
         assert "rank 0 has not come" in line and line.count("\n") == 1
         assert "recv with rank 0 over all ranks (float32 4, 16 bytes), step 5" in line
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path: Path) -> None:
+    """Its launcher serves the store, and tells the others to end as soon as one has."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "tests.parallel.victims", str(tmp_path), "0", "killed"]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("manyforms: ")]
+    assert len(told) == 1, done.stderr
+    assert told[0].startswith("manyforms: [rank 1] rank 0 has died without a word; the others")

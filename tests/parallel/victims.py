@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from parallel.config import ParallelConfig
 from parallel.start import join
 
 FAULTY_STEP = 5
+TIMEOUT = 3.0
 
 
 def run(rank: int, world: int, port: int, folder: str, victim: int, fault: str) -> None:
@@ -25,7 +27,13 @@ def run(rank: int, world: int, port: int, folder: str, victim: int, fault: str) 
         "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }  # fmt: skip
-    engine = join(ParallelConfig(timeout=3.0, backend="gloo"))
+    train(folder, victim, fault)
+
+
+def train(folder: str, victim: int, fault: str) -> None:
+    """Steps without end, in a job that this process is to join."""
+    engine = join(ParallelConfig(timeout=TIMEOUT, backend="gloo"))
+    rank, world = engine.layout.rank, engine.layout.world
     try:
         for step in range(1, 10**6):
             watchdog.at_step(step)
@@ -65,3 +73,7 @@ def commit(fault: str) -> None:
         time.sleep(2.0)
     else:
         time.sleep(60)
+
+
+if __name__ == "__main__":  # under torchrun
+    train(sys.argv[1], int(sys.argv[2]), sys.argv[3])
