@@ -139,6 +139,10 @@ class RankContext(Context):
         backend: Backend = "auto",
     ) -> Tensor:
         assert scores.bias is None and scores.key_documents is None and scores.first is None
+        kind = q_BHTK.device.type
+        if torch.is_autocast_enabled(kind):  # a norm over the keys may have widened them
+            dtype: torch.dtype = torch.get_autocast_dtype(kind)
+            q_BHTK, k_BGTK, v_BGTK = (x.to(dtype) for x in (q_BHTK, k_BGTK, v_BGTK))
         arguments = (q_BHTK, k_BGTK, v_BGTK, scores)
         if self.method == "ring":
             return ring_attention(*arguments, self._parts(q_BHTK.shape[2]), self.group)

@@ -193,19 +193,25 @@ def test_attention_over_all_tokens(
                 torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-11)
 
 
-def bfloat16_on_a_rank() -> tuple[torch.dtype, float]:
-    held = context("ring")
-    tensors, scores, _ = problem({"causal": True})
+def bfloat16_on_a_rank(method: str) -> tuple[torch.dtype, float, float]:
+    """Queries and keys that a norm left in float32, values in bfloat16."""
+    held = context(method)
+    tensors, scores, dy = problem({"causal": True})
+    own = [held.own(x, 2).float().requires_grad_() for x in tensors]
     with torch.autocast("cpu", torch.bfloat16):
-        own = [held.own(x, 2).bfloat16() for x in tensors]
-        y = held.attend(own[0], own[1], own[2], scores)
-    whole = attend(tensors[0], tensors[1], tensors[2], scores)
-    return y.dtype, float((held.whole(y, 2) - whole).abs().max())
+        y = held.attend(own[0], own[1], own[2].bfloat16(), scores)
+    found = torch.autograd.grad(y, own, held.own(dy, 2).bfloat16())
+    whole = [x.requires_grad_() for x in tensors]
+    wanted = attend(whole[0], whole[1], whole[2], scores)
+    right = torch.autograd.grad(wanted, whole, dy)
+    off = max(float((held.whole(a, 2) - b).abs().max()) for a, b in zip(found, right, strict=True))
+    return y.dtype, float((held.whole(y, 2) - wanted).abs().max()), off
 
 
-def test_bfloat16(ranks: Ranks) -> None:
-    for dtype, difference in ranks.run(bfloat16_on_a_rank):
-        assert dtype == torch.bfloat16 and difference < 0.05
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16(ranks: Ranks, method: str) -> None:
+    for dtype, output, gradient in ranks.run(bfloat16_on_a_rank, method):
+        assert dtype == torch.bfloat16 and output < 0.05 and gradient < 0.1
 
 
 def messages_on_a_rank() -> tuple[list[int], list[int]]:
