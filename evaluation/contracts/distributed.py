@@ -67,6 +67,8 @@ CONTRACTS = {
     "ep_fsdp": Contract({"ep": 2, "fsdp": 2}, ("fsdp", "ep"), experts=True),
     "pp_tp": Contract({"pp": 2, "tp": 2}, ("pp", "tp"), micro_batches=2),
     "pp_fsdp": Contract({"pp": 2, "fsdp": 2}, ("pp", "fsdp"), micro_batches=2),
+    "pp_cp": Contract({"pp": 2, "cp": 2}, ("language", "pp", "cp"), micro_batches=2),
+    "pp_ep": Contract({"pp": 2, "ep": 2}, ("pp", "fsdp", "ep"), experts=True, micro_batches=2),
 }
 """Contracts of 1, 2 and 4 processes, by name; those of 4 belong to the slow tests."""
 

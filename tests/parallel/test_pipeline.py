@@ -147,6 +147,8 @@ PRODUCTS: dict[str, dict[str, Any]] = {
     "pp2×tp2+sp": {"tp": 2, "sequence_parallel": True},
     "pp2×fsdp2": {"fsdp": 2},
     "pp2×replicate2": {"replicate": 2, "fsdp": 1},
+    "pp2×cp2": {"cp": 2},
+    "pp2×ep2": {"ep": 2},
 }
 
 
