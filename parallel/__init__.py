@@ -2,4 +2,4 @@
 
 from core.registry import load_from
 
-load_from("engine", "parallel.native", "parallel.megatron_engine")
+load_from("engine", "parallel.native", "parallel.deepspeed_engine", "parallel.megatron_engine")

@@ -17,12 +17,12 @@ from checkpoints.config import CheckpointConfig
 from checkpoints.rng import capture_rng, restore_rng
 from checkpoints.store import CheckpointStore
 from core.errors import UserError
-from core.registry import build
+from core.registry import PartConfig, build
 from data_pipeline.data import Data
 from data_pipeline.loader import Loader
 from model.output import Batch
 from parallel import watchdog
-from parallel.engine import Engine
+from parallel.engine import Engine, Stepper
 from training.callbacks.average import MovingAverage
 from training.callbacks.base import Callback, Record
 from training.callbacks.layer_norms import LayerNorms
@@ -111,10 +111,8 @@ class Trainer:
             compile=config.compile,
         )
         seed_hosts(seed, engine.data_rank)
-        self.optimizer: Optimizer = build("optimizer", config.optimizer, model=engine.model)
-        self.average = (
-            MovingAverage(self.optimizer.shards, config.ema) if config.ema is not None else None
-        )
+        self.optimizer = self._optimizer()
+        self.average = self._average()
         self.store: CheckpointStore | None = None
         if folder is not None and checkpoint is not None:
             self.store = CheckpointStore(
@@ -152,6 +150,23 @@ class Trainer:
             *standard(folder, self.store, checkpoint),
             *callbacks,
         ]
+
+    def _optimizer(self) -> Optimizer | Stepper:
+        """The engine's own, where it keeps it, else the config's on the engine's parameters."""
+        spec = self.config.optimizer
+        kept = self.engine.optimizer(spec) if isinstance(spec, PartConfig) else None
+        built: Optimizer | Stepper = kept or build("optimizer", spec, model=self.engine.model)
+        return built
+
+    def _average(self) -> MovingAverage | None:
+        if self.config.ema is None:
+            return None
+        if not isinstance(self.optimizer, Optimizer):
+            raise UserError(
+                "train.ema: this engine keeps the weights in parts of its own, which are not "
+                "averaged; set train.ema=null, or parallel.engine=native"
+            )
+        return MovingAverage(self.optimizer.shards, self.config.ema)
 
     @property
     def done(self) -> bool:
@@ -358,6 +373,7 @@ class Trainer:
         state = self.state()
         loaded = self.store.load(state, step)
         self.engine.load_model_state(state["model"])
+        self.optimizer.load(state["optimizer"])
         if loaded.rng:
             restore_rng(state["rng"])
         progress = state["progress"]

@@ -51,6 +51,9 @@ class Optimizer:
             for name, held in self.tensors().items()
         }
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a `state()` that was filled in place: its tensors are the optimizer's own."""
+
 
 def _laid_out(shard: Shard, value: Tensor) -> Tensor:
     return value if value.dim() == 0 and shard.local.dim() != 0 else shard.wrap(value)
