@@ -21,6 +21,7 @@ from core.hashing import stable_hash
 from core.registry import PartConfig, register
 from model.output import Batch
 from model.roles import roles
+from parallel import watchdog
 from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.context import RankContext
@@ -338,5 +339,6 @@ class NativeEngine:
 
     def close(self) -> None:
         self._runs = None
+        watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
