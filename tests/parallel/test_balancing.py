@@ -22,7 +22,7 @@ SPARSE = {
     "mixer": {"name": "attention", "heads": 4},
     "feedforward": {
         "name": "deepseek_moe", "experts": 6, "top_k": 2, "groups": 3, "top_groups": 2,
-        "width": 16, "bias_update": 0.05,
+        "width": 16, "bias_update": 0.002,
     },
 }  # fmt: skip
 DENSE = {**SPARSE, "feedforward": "swiglu"}
@@ -48,7 +48,7 @@ def trained_on_a_rank(
 
 
 def check(ranks: Ranks, layout: dict[str, Any], blocks: Any, **prepare: Any) -> None:
-    model = config("experts", block=blocks)
+    model = {**config("experts"), "block": blocks}
     wanted = trained_on_a_rank({}, model, {})
     assert len(wanted) == sum(block is SPARSE for block in blocks)
     for value in wanted.values():
