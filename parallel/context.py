@@ -145,7 +145,8 @@ class RankContext(Context):
             q_BHTK, k_BGTK, v_BGTK = (x.to(dtype) for x in (q_BHTK, k_BGTK, v_BGTK))
         arguments = (q_BHTK, k_BGTK, v_BGTK, scores)
         if self.method == "ring":
-            return ring_attention(*arguments, self._parts(q_BHTK.shape[2]), self.group)
+            y_BHTK: Tensor = ring_attention(*arguments, self._parts(q_BHTK.shape[2]), self.group)
+            return y_BHTK
         if self.method == "heads":
             return self._by_heads(*arguments, backend)
         return self._gathered(*arguments, backend)

@@ -75,6 +75,7 @@ def divides(heads: int, kv_heads: int, ranks: int) -> bool:
 
 def join(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> tuple[Tensor, list[int]]:
     """Each rank's heads of q, k and v side by side, for one message; how many are of which."""
+    assert q.shape[-1] == v.shape[-1], "heads of one width"
     every = (q, for_each_rank(k, ranks), for_each_rank(v, ranks))
     parts = [x.unflatten(1, (ranks, -1)) for x in every]
     return torch.cat(parts, 2).flatten(1, 2), [part.shape[2] for part in parts]

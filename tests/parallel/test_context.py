@@ -23,6 +23,7 @@ from evaluation.contracts.parity import compare, filled, on_meta, start
 from evaluation.contracts.ranks import Ranks
 from model.attention import Bias, Scores, attend
 from model.generate import can_cache
+from model.language import LanguageModel
 from model.positions.alibi import ALiBi
 from model.positions.relative_bias import RelativeBias
 from parallel.check import check_model
@@ -385,6 +386,19 @@ def test_methods(ranks: Ranks, method: str) -> None:
     layout = {"cp": {"cp": 2, "cp_method": method}}
     found = compare(ranks, language(block={"position": "relative_bias"}), batch(), layout)["cp"]
     assert found.worst < 1e-5, found
+
+
+def method_on_a_rank(method: str) -> str:
+    model = start({"cp": 2, "cp_method": method}, language()).model
+    assert isinstance(model, LanguageModel)
+    held = model.axis.ops.context
+    assert isinstance(held, RankContext)
+    return held.method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_config_chooses_the_method(ranks: Ranks, method: str) -> None:
+    assert ranks.run(method_on_a_rank, method) == [method] * 2
 
 
 @pytest.mark.parametrize("recompute", ["block", "selective"])

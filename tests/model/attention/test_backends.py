@@ -8,7 +8,7 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 
 from core.errors import UserError
-from model.attention import Scores, attend, flash, flex
+from model.attention import Bias, Scores, attend, flash, flex
 
 TOKENS = 63
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -85,6 +85,34 @@ def test_the_newest_queries_alone(backend, case, queries):
         inputs, asked = tensors(queries, learn=False), scores(case, queries)
         ours, expected = (attend(*inputs, asked, name) for name in (backend, "reference"))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+@pytest.mark.parametrize("case", [{"causal": True}, {"window": 7}, {"causal": True, "window": 4}])
+def test_queries_from_the_middle(backend, case):
+    q, k, v = tensors(learn=False)
+    whole = attend(q, k, v, Scores(**case), "reference")
+    some = attend(q[:, :, 20:31], k, v, Scores(first=20, **case), backend)
+    torch.testing.assert_close(some, whole[:, :, 20:31])
+    one = attend(q[:, :, 20:21], k, v, Scores(first=20, **case), backend)
+    torch.testing.assert_close(one, whole[:, :, 20:21])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+def test_a_bias_made_from_positions(backend):
+    q, k, v = tensors(learn=False)
+    at = torch.arange(TOKENS)[None]
+    slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def form(slopes_H, queries_BT, keys_BS):
+        distance = (queries_BT[:, :, None] - keys_BS[:, None]).abs()
+        return -slopes_H[:, None, None] * distance[:, None]
+
+    given = attend(q, k, v, Scores(bias=form(slopes, at, at)), "reference")
+    made = attend(q, k, v, Scores(position=Bias(slopes, form, at, at)), backend)
+    torch.testing.assert_close(made, given)
+    part = Bias(slopes, form, at, at).between(range(3, 5), range(10), slopes[:2])
+    torch.testing.assert_close(part, form(slopes, at, at)[:, :2, 3:5, :10])
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
@@ -187,4 +215,5 @@ def test_flash_says_what_it_cannot_take(fake_flash):
     refuses("multiple of 8 up to 256 channels, these have 12", width=12)
     refuses("these have 264", width=264)
     refuses("adds no bias", bias=torch.zeros(1))
+    refuses("keys end where the queries end", first=3)
     refuses("between two packings", key_documents=DOCUMENTS)
