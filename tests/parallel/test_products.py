@@ -56,5 +56,6 @@ def test_eight_processes_equal_one(name: str, layout: str, eight_ranks: Ranks) -
     found = compare(
         eight_ranks, config, batch, {layout: LAYOUTS[layout]}, micro_batches=2, stirred=True
     )[layout]
-    # A scalar summed over all tokens of eight parts in another order; a wrong sum is off by a factor.
+    # Scalars are summed over the tokens of eight parts in another order, by which they differ more
+    # than what two parts give; a wrong sum is off by a factor.
     assert found.worst <= 2 * TOLERANCE, str(found)
