@@ -180,7 +180,7 @@ def distributed_optimizer() -> Row:
         for index, batch in enumerate(step):
             last = index == len(step) - 1
             with model.no_sync() if not last else torch.enable_grad():
-                loss_of(made.model, batch, len(step)).backward()  # type: ignore[no-untyped-call]
+                loss_of(made.model, batch, len(step)).backward()
         model.finish_grad_sync()
         done, _, _ = optimizer.step()
         assert done, "the optimizer skipped a step"
@@ -203,7 +203,7 @@ def dispatcher() -> Row:
     scores = torch.randn(128, experts_count, generator=noise).to(device()).softmax(-1)
     weights_Nk, chosen_Nk = scores.topk(top_k, dim=-1)
     ours = bank.dropless(x_ND, chosen_Nk, weights_Nk)
-    ours.square().sum().backward()  # type: ignore[no-untyped-call]
+    ours.square().sum().backward()
     wanted = {"output": ours.detach(), "input": _taken(x_ND)}
     wanted |= {name: _taken(p) for name, p in bank.named_parameters()}
 
