@@ -31,6 +31,7 @@ from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.launch import launch_local
 from parallel.layout import AXES, Layout
+from parallel.stages import cut
 from parallel.start import join, place
 from training import RunFailure
 from training.trainer import Trainer
@@ -69,6 +70,8 @@ def plan(config: RunConfig, source: Source, nproc: int | None) -> Job:
         model = build_model(config.model)
     train = config.train
     check_model(layout, model, recompute=train.recompute, compile=train.compile)
+    if layout.pp > 1:
+        cut(model, config.parallel)
     return Job(config, data, layout, here is not None)
 
 

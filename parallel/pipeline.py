@@ -24,8 +24,8 @@ from parallel.divisors import add
 from parallel.engine import Sums
 from parallel.gathered import let_go
 from parallel.gradients import local
-from parallel.schedules import SCHEDULES, check_micro_batches, stage_ranks
-from parallel.stages import Stages, layers
+from parallel.schedules import SCHEDULES, check_micro_batches
+from parallel.stages import cut
 from parallel.stream_stage import StreamStage
 from parallel.work import Arrived, Ending, Work, takes_work
 
@@ -49,9 +49,7 @@ class Pipeline:
         group: dist.ProcessGroup,
     ):
         self.config, self.device, self.group = config, device, group
-        layered = SCHEDULES[config.schedule].layered
-        self.ranks = stage_ranks(config, max(1, layers(model) // config.pp) if layered else None)
-        stages = Stages(model, len(self.ranks), layers=layered)
+        stages, self.ranks = cut(model, config)
         self.holders = stages.holders(model, self.ranks)
         """Every parameter of the whole model, and the pipeline ranks that hold it."""
         own = [index for index, rank in enumerate(self.ranks) if rank == group.rank()]

@@ -16,6 +16,8 @@ from model.block import Block
 from model.output import Batch
 from model.stream import Stream
 from model.units import Unit
+from parallel.config import ParallelConfig
+from parallel.schedules import SCHEDULES, stage_ranks
 
 
 class Chunk(nn.Module):
@@ -101,10 +103,18 @@ class Stages:
         ]
 
 
-def layers(model: nn.Module) -> int:
-    """How many layers a model has, as a pipeline counts them."""
-    pipelined: Any = model
-    return int(sum(_layers(model, unit.modules) for unit in pipelined.units()))
+def cut(model: nn.Module, config: ParallelConfig) -> tuple[Stages, list[int]]:
+    """The stages of a model under a config's schedule, and each stage's pipeline rank.
+
+    Raises:
+        UserError: if the model cannot be cut into so many.
+    """
+    if not SCHEDULES[config.schedule].layered:
+        ranks = stage_ranks(config)
+        return Stages(model, len(ranks)), ranks
+    each = (len(Stages(model, None).bounds) - 1) // config.pp
+    ranks = stage_ranks(config, max(1, each))
+    return Stages(model, len(ranks), layers=True), ranks
 
 
 def _layers(model: nn.Module, names: tuple[str, ...]) -> float:

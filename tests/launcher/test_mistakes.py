@@ -113,6 +113,18 @@ def test_global_batch_that_does_not_divide(tiny, capsys):
     assert "the nearest that works is 4" in said
 
 
+def test_fewer_micro_batches_than_the_pipeline_needs(tiny, capsys):
+    said = mistake(capsys, "train", tiny, "parallel.pp=2", "--nproc", 2)
+    assert "1f1b on 2 pipeline ranks cannot run a step of 1 micro-batch; it can of 2" in said
+    assert said.endswith("use train.micro_batch=2")
+
+
+def test_more_stages_than_the_model_can_be_cut_into(tiny, capsys):
+    pipeline = ("parallel.pp=5", "parallel.schedule=gpipe", "--nproc", 5)
+    said = mistake(capsys, "train", tiny, *pipeline)
+    assert "5 stages are too many for this model, which can be cut into 4 at most" in said
+
+
 def test_run_folder_that_cannot_be_written(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     said = mistake(capsys, "train", tiny, f"run.dir={tmp_path / 'file' / 'run'}")
