@@ -62,7 +62,6 @@ CONTRACTS = {
     "cp_sp": Contract({"cp": 2, "tp": 2, "sequence_parallel": True}, ("cp", "tp", "sp")),
     "cp_fsdp": Contract({"cp": 2, "fsdp": 2}, ("cp", "fsdp")),
     "cp_ep": Contract({"cp": 2, "ep": 2}, ("cp", "ep"), experts=True),
-    "pp_cp": Contract({"pp": 2, "cp": 2}, ("pp", "cp"), micro_batches=2),
     "tp_ep": Contract({"tp": 2, "ep": 2}, ("tp", "fsdp", "ep"), experts=True),
     "ep_fsdp": Contract({"ep": 2, "fsdp": 2}, ("fsdp", "ep"), experts=True),
     "pp_tp": Contract({"pp": 2, "tp": 2}, ("pp", "tp"), micro_batches=2),

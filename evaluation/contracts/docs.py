@@ -25,8 +25,8 @@ MEANINGS = {
     "replicate": "the same for data parallelism over 2",
     "cp": "the same for context parallelism over 2, attention by ring",
     "ep": "the same for expert parallelism over 2, where there are experts",
-    "pp": "the same for a pipeline of 2 stages, 1F1B over 4 micro-batches",
-    "pp_zbv": "the same for 4 stages in a V on 2 processes, backward in halves",
+    "pp": "the same for a pipeline of 2 stages, 1F1B over 2 micro-batches",
+    "pp_zbv": "the same for 4 stages in a V (ZBV) on 2 processes, backward in halves",
     "recompute": "the same with activation recomputation",
     "reshard": "a checkpoint of two processes is read by one, bit for bit",
 }
