@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError, hint
@@ -36,6 +36,7 @@ from parallel.layout import Layout
 from parallel.mesh import mesh_for
 from parallel.pipeline import Pipeline
 from parallel.recompute import wrap_blocks
+from parallel.replicate import first_reduction
 from parallel.schedules import check_halves
 from parallel.shard import fill, local_part, split_data, split_model
 from parallel.tensor import DataOperations, TensorOperations, bind, partial_names
@@ -235,7 +236,8 @@ class NativeEngine:
     def _finish(self, sums: Sums, known: Sums | None) -> None:
         """What is left when all micro-batches are done."""
         if self._replicated and self._runs is self.model:
-            self._first_reduction()
+            assert self._data is not None
+            self._runs = first_reduction(self.model, self._data, self.device)
         gradients = dict(local_gradients(self.model.named_parameters()))
         if self._partial:
             named = [value for name, value in gradients.items() if name in self._partial]
@@ -248,29 +250,6 @@ class NativeEngine:
     def _replicated(self) -> bool:
         """Whether DDP is to wrap the model."""
         return self._data is not None and not self._sharded
-
-    @torch.no_grad()
-    def _first_reduction(self) -> None:
-        """Sum the first step's gradients here, see which parameters have any, and set DDP up.
-
-        A model may have parts that an objective leaves out, such as the class head in masked
-        modelling; DDP looks for them in every step only if there are some.
-        """
-        assert self._data is not None
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        used = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._data)
-        for parameter, anywhere in zip(trained, used.tolist(), strict=True):
-            if anywhere and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        sum_over([p.grad for p in trained if p.grad is not None], self._data)
-        self._runs = DistributedDataParallel(
-            self.model,
-            process_group=self._data,
-            init_sync=False,  # every rank has computed the same first values
-            find_unused_parameters=not bool(used.all()),
-            gradient_as_bucket_view=True,
-        )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, loss: LossFunction) -> Sums:
@@ -298,6 +277,15 @@ class NativeEngine:
             every = [value for held in by_copies.values() for value in held]
             scale(every, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter, change: Tensor) -> None:
+        if isinstance(parameter, DTensor):
+            # Every rank cuts its own part; nothing is sent.
+            change = distribute_tensor(
+                change, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        parameter.add_(change)
 
     @torch.no_grad()
     def total(self, value: Tensor) -> Tensor:
