@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from ctypes.util import find_library
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -114,6 +115,8 @@ def packages() -> Iterator[tuple[str, str]]:
     for package in OPTIONAL:
         try:
             yield package.name, f"{metadata.version(package.name)}: {package.brings}"
+            if package.name == "deepspeed" and not find_library("aio"):
+                yield "", "offload to NVMe: needs libaio (Debian, Ubuntu: apt install libaio-dev)"
         except metadata.PackageNotFoundError:
             yield (
                 package.name,

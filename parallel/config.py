@@ -60,7 +60,8 @@ class ParallelConfig(Config):
     """Stages that each process of the pipeline holds, under the interleaved schedules."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed's ZeRO stage; of use with that engine only."""
+    """What DeepSpeed divides between data ranks: 1 optimizer state, 2 gradients too, 3 parameters
+    too, 0 nothing. Of use with that engine only, where `replicate` and `fsdp` are one axis."""
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """What carries the messages; auto: nccl between GPUs, gloo between CPUs."""

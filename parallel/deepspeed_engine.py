@@ -252,6 +252,19 @@ class DeepSpeedEngine(NativeEngine):
             scale(list(gradients.values()), factor)
         return norm
 
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter, change: Tensor) -> None:
+        name = next(n for n, held in self.model.named_parameters() if held is parameter)
+        part = self._parts[name]
+        part.weight.add_(self._cut(name, change))
+        if parameter.requires_grad or self.stage == 3:
+            publish(self._engine, self.stage)
+
+    def _cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that is laid out like a parameter."""
+        part, flat = self._parts[name], boxed(whole, self._roles[name], self.layout).reshape(-1)
+        return flat.narrow(0, part.start, part.weight.numel())
+
     def _holders(self, name: str) -> int:
         """How many ranks of the job hold the same part of a parameter."""
         role, layout = self._roles[name], self.layout
@@ -288,8 +301,7 @@ class DeepSpeedEngine(NativeEngine):
             if isinstance(value, DTensor):
                 value = value.full_tensor()
             if not isinstance(value, Fragment):  # those of `model_state` share our memory
-                flat = boxed(value, self._roles[name], self.layout).reshape(-1)
-                part.weight.copy_(flat.narrow(0, part.start, part.weight.numel()))
+                part.weight.copy_(self._cut(name, value))
         publish(self._engine, self.stage)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from core.errors import UserError
 
@@ -47,7 +48,7 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 def join_alone() -> None:
     """A process group of one, where this process is part of no job: DeepSpeed needs a group."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
 def missing_for_nvme() -> str | None:

@@ -123,7 +123,8 @@ def _of_parameter(engine: Any, parameter: Any, group: int, index: int) -> Part:
 
     def gradient() -> Tensor | None:
         if zero.offload_optimizer:
-            return flat.grad.narrow(0, offset, count)
+            grad: Tensor = flat.grad
+            return grad.narrow(0, offset, count)
         held: Tensor = zero.averaged_gradients[group][index]
         return held.view(-1).narrow(0, 0, count)
 

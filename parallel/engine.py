@@ -115,6 +115,9 @@ class Engine(Protocol):
         """Scale gradients down to a global norm; returns the norm before, alike on every rank."""
         ...
 
+    def add(self, parameter: nn.Parameter, change: Tensor) -> None:
+        """Add to a parameter of the model a whole tensor that every rank holds alike."""
+
     def total(self, value: Tensor) -> Tensor:
         """The sum over the data axes."""
         ...

@@ -131,6 +131,24 @@ def test_fifty_steps_are_the_native_engines(ranks: Ranks, stage: int) -> None:
         assert found == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_learned_without_gradients(
+    ranks: Ranks, stage: int, options: dict[str, Any]
+) -> None:
+    """Biases that balance experts: no optimizer's, moved by every step, the same on every rank."""
+    feedforward = {"name": "moe", "experts": 4, "top_k": 2, "ratio": 1, "bias_update": 0.01}
+    model = {**config("experts"), "block": {**BLOCKS["experts"], "feedforward": feedforward}}
+    steps = batches(4)
+    losses, wanted = ranks.run(zero.trained, {**NATIVE, **options}, model, steps)[0]
+    for seen, held in ranks.run(zero.trained, at(stage, **options), model, steps):
+        assert seen == pytest.approx(losses, rel=1e-6)
+        moved = [name for name in held if name.endswith("router.balance")]
+        assert len(moved) == 2
+        for name in moved:
+            assert held[name].any() and held[name].equal(wanted[name])
+
+
 @pytest.mark.parametrize(
     "parallel",
     [

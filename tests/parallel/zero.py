@@ -18,6 +18,7 @@ from parallel.config import ParallelConfig
 from parallel.engine import Sums
 from parallel.fragment import Fragment
 from parallel.layout import Layout
+from training.callbacks.stepped import Stepped
 from training.optimizers.base import Optimizer
 
 ADAMW = {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1}
@@ -42,6 +43,8 @@ class Run:
             "optimizer", spec, model=self.engine.model
         )
         self.step = 0
+        self.stepped = Stepped(seed)
+        self.stepped.start(self)  # type: ignore[arg-type]
 
     def train(self, batches: list[Batch], micro_batches: int = 1, clip: float = 0.5) -> list[float]:
         """A step for each batch; the loss over all ranks and the norm of each, in turn."""
@@ -54,6 +57,7 @@ class Run:
             self.optimizer.step(1.0 / (1 + self.step))
             self.optimizer.zero_grad()
             self.step += 1
+            self.stepped.step(self, None)  # type: ignore[arg-type]
             seen += [mean, float(norm)]
         return seen
 
@@ -179,6 +183,14 @@ def moved(
         run.load(folder / str(index))
         held.append(run.values())
     return held
+
+
+def trained(
+    parallel: dict[str, Any], config: Any, batches: list[Batch]
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses, and every tensor of the state at the end."""
+    run = Run(parallel, config)
+    return run.train(batches), run.values()
 
 
 def resumed(

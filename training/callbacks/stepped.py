@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
-
 from training.callbacks.base import Callback, Loop, Record
 
 
@@ -34,20 +30,9 @@ class Stepped(Callback):
     def step(self, trainer: Loop, record: Record | None) -> None:
         for module in self._ends:
             for name, change in module.end_step().items():
-                add_whole(module.get_parameter(name), change)
+                trainer.engine.add(module.get_parameter(name), change)
         self._begin(trainer.step)
 
     def _begin(self, step: int) -> None:
         for module in self._begins:
             module.begin_step(self.seed, step)
-
-
-@torch.no_grad()
-def add_whole(parameter: Tensor, change: Tensor) -> None:
-    """Add to a parameter that may be a DTensor a whole tensor that every rank holds."""
-    if isinstance(parameter, DTensor):
-        # Every rank cuts its own part; nothing is sent.
-        change = distribute_tensor(
-            change, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.add_(change)
