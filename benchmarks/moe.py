@@ -49,16 +49,27 @@ CASES = {
 GPU_CASES = {"medium": Case(1024, 8, 2816, 32768, 1024, 16)}
 
 
-def trained(case: Case, feedforward: dict[str, Any], device: torch.device) -> Callable[[], None]:
-    """A function that trains the model by a step."""
-    config = {
+def configs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dense model and the sparse one."""
+    model = {
         "kind": "language", "dim": case.dim, "depth": case.depth, "vocab": case.vocab,
         "max_length": case.length,
-        "block": {
-            "norm": "rmsnorm", "position": "rope", "feedforward": feedforward,
-            "mixer": {"name": "attention", "heads": case.dim // 32},
-        },
     }  # fmt: skip
+    block = {
+        "norm": "rmsnorm",
+        "mixer": {"name": "attention", "heads": case.dim // 32},
+        "position": "rope",
+    }
+    dense = {"name": "swiglu", "width": case.width}
+    sparse = {"name": "moe", "experts": 8, "top_k": 2, "width": case.width // 2}
+    return (
+        {**model, "block": {**block, "feedforward": dense}},
+        {**model, "block": {**block, "feedforward": sparse}},
+    )
+
+
+def trained(case: Case, config: dict[str, Any], device: torch.device) -> Callable[[], None]:
+    """A function that trains the model by a step."""
     model = build_model(config)
     initialise(model, 0)
     model.to(device).train()
@@ -84,12 +95,10 @@ def trained(case: Case, feedforward: dict[str, Any], device: torch.device) -> Ca
 def measure(case: Case, rounds: int, device: torch.device) -> tuple[list[float], list[float]]:
     """Seconds of each dense and of each sparse step; the first two of each warm up."""
     torch.manual_seed(0)
-    dense = trained(case, {"name": "swiglu", "width": case.width}, device)
-    options = {"experts": 8, "top_k": 2, "width": case.width // 2}
-    sparse = trained(case, {"name": "moe", **options}, device)
+    steps = [trained(case, config, device) for config in configs(case)]
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 2):
-        for step, held in zip((dense, sparse), times, strict=True):
+        for step, held in zip(steps, times, strict=True):
             start = time.perf_counter()
             step()
             held.append(time.perf_counter() - start)
