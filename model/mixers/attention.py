@@ -123,13 +123,18 @@ class Attention(Mixer):
         q = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
         k = self.k(x_BTD if keys_BTD is None else keys_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.values(x_BTD if values_BTD is None else values_BTD, stream)
+        y_BTD: Tensor = self.out(self.mix(q, k, v, stream, self.out.ops.context))
+        return y_BTD
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, context: Context) -> Tensor:
+        """The heads' outputs side by side, BTC, from queries BTHK, keys and values BTGK."""
         if self.v_norm is not None:
             v = self.v_norm(v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        context = self.out.ops.context
+        q_BTHK = q
         if self.position is not None:
-            q, k = self.position.rotate(q, k, context.positions(x_BTD, stream.positions))
+            q, k = self.position.rotate(q, k, context.positions(q, stream.positions))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if stream.cache is not None:
             assert self.causal and stream.documents is None
@@ -138,7 +143,7 @@ class Attention(Mixer):
             causal=self.causal,
             window=self.window,
             documents=stream.documents,
-            position=self._bias(x_BTD, k.shape[2], stream, context),
+            position=self._bias(q_BTHK, k.shape[2], stream, context),
             scale=self.scale,
             softcap=self.softcap,
             dropout=self.dropout if self.training else 0.0,
@@ -150,8 +155,7 @@ class Attention(Mixer):
         y_BTC = y_BHTK.transpose(1, 2).flatten(2)
         if self.out_norm is not None:
             y_BTC = self.out_norm(y_BTC)
-        y_BTD: Tensor = self.out(y_BTC)
-        return y_BTD
+        return y_BTC
 
     def values(self, x_BTD: Tensor, stream: Stream) -> Tensor:
         """The values BTGK of these tokens; for variants to mix others in."""
@@ -165,17 +169,17 @@ class Attention(Mixer):
         )
         return extended
 
-    def _bias(self, x_BTD: Tensor, keys: int, stream: Stream, context: Context) -> Bias | None:
+    def _bias(self, q_BTHK: Tensor, keys: int, stream: Stream, context: Context) -> Bias | None:
         """What the position adds to the scores: of all ranks' queries and keys, or, with a cache,
         of the newest T queries and the newest S keys."""
         position = self.position
         if position is None or not position.biases:
             return None
-        tokens = x_BTD.shape[1] * context.size
-        queries_BT = keys_BS = span(tokens, stream.positions, x_BTD.device)
+        tokens = q_BTHK.shape[1] * context.size
+        queries_BT = keys_BS = span(tokens, stream.positions, q_BTHK.device)
         if stream.cache is not None:
             end = stream.cache.length + tokens
-            keys_BS = torch.arange(end - keys, end, device=x_BTD.device)[None]
+            keys_BS = torch.arange(end - keys, end, device=q_BTHK.device)[None]
         return Bias(position.per_head(), position.form, queries_BT, keys_BS)
 
     def split_sizes(self) -> dict[str, int]:
