@@ -110,7 +110,9 @@ def line(case: Case, expected: Costs, found: Costs) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.grids", description=(__doc__ or "")[:92])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.grids", description=(__doc__ or "").splitlines()[0]
+    )
     for name, default in (("rows", 256), ("inner", 128), ("outer", 512)):
         parser.add_argument(f"--{name}", type=int, default=default, help="a multiple of 4")
     options = parser.parse_args(arguments)
