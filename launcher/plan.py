@@ -185,7 +185,7 @@ def show(found: Estimate) -> str:
         lines.append(f"    {name + note:<38}{alone:>10.3f}")
     lines.append(f"    {'all memory traffic, nothing fused':<38}{found.unfused:>10.3f}")
     if found.bubble:
-        lines.append(f"    {'idle in the pipeline, share':<38}{found.bubble:>10.3f}")
+        lines.append(f"    {'idle in the pipeline, share of that':<38}{found.bubble:>10.3f}")
     lines.append(
         f"  a step takes at least {found.overlapped:.3f} s, MFU at most "
         f"{100 * found.utilisation(found.overlapped):.1f}%: limited by {found.limit}"

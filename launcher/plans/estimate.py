@@ -24,7 +24,7 @@ class Estimate:
     seconds: resource → what it takes by itself: `arithmetic`, `memory traffic` of matrix products
         and attention, `links` within a node, `network` between nodes.
     unfused: seconds of all memory traffic, if nothing is fused.
-    bubble: the share of the step that a stage idles.
+    bubble: how long a pipeline's rank is idle, as a share of the time that it works.
     """
 
     layout: Layout
@@ -54,7 +54,7 @@ class Estimate:
     @property
     def overlapped(self) -> float:
         """Seconds of a step if everything overlaps and all but products is fused away."""
-        return max(self.seconds.values()) / (1 - self.bubble)
+        return max(self.seconds.values()) * (1 + self.bubble)
 
     @property
     def exposed(self) -> float:
@@ -62,7 +62,7 @@ class Estimate:
         products = max(self.seconds["arithmetic"], self.seconds["memory traffic"])
         rest = self.unfused - self.seconds["memory traffic"]
         messages = self.seconds["links"] + self.seconds["network"]
-        return (products + rest + messages) / (1 - self.bubble)
+        return (products + rest + messages) * (1 + self.bubble)
 
     def utilisation(self, seconds: float) -> float:
         """Model FLOPs utilisation of a step that takes so long."""

@@ -209,7 +209,7 @@ def _judge(
     rate = gpu.flops if bf16 else gpu.float32
     idle = bubble(parallel.schedule, pp, parallel.virtual_stages, m) if pp > 1 else 0.0
     passes = 4 / 3 if recompute else 1.0
-    seconds = passes * f.flops * config.train.global_batch / world / rate / (1 - idle)
+    seconds = passes * f.flops * config.train.global_batch / world / rate * (1 + idle)
     wires = {"links": 0.0, "network": 0.0}
 
     def send(axis: str, amount: float) -> None:
