@@ -212,6 +212,9 @@ class Trainer:
         except (RunFailure, UserError) as failure:
             self.announce("failure", {"cause": str(failure)})
             raise
+        except Exception as error:
+            watchdog.failed(error)  # does not return where another rank is to blame
+            raise
         finally:
             self.loader.close()
             for callback in self.callbacks:
