@@ -58,6 +58,7 @@ def test_vocabulary() -> None:
         ("tp", Layout(tp=2), {}),
         ("sp", Layout(tp=2, sequence_parallel=True), {}),
         ("fsdp", Layout(fsdp=2), {}),
+        ("ep", Layout(ep=2), {}),
         ("recompute", Layout(), {"recompute": "block"}),
         ("compile", Layout(), {"compile": True}),
     ],

@@ -199,6 +199,19 @@ def test_accumulated_and_recomputed(ranks: Ranks, recompute: str) -> None:
     assert found.worst < TOLERANCE, found
 
 
+def test_rows_travel_in_half_precision(ranks: Ranks) -> None:
+    options = {"prepare": {"precision": "bf16"}, "stirred": True}
+    found = compare(ranks, model("dropless"), batch(), {"ep2": {"ep": 2}}, **options)["ep2"]
+    assert 1e-4 < found.output < 1e-2 and found.gradient < 5e-2, found
+
+
+@pytest.mark.slow
+def test_compiled(ranks: Ranks) -> None:
+    options = {"prepare": {"compile": True}, "stirred": True}
+    found = compare(ranks, model("dropless"), batch(), {"ep2": {"ep": 2}}, **options)["ep2"]
+    assert found.worst < TOLERANCE, found
+
+
 LARGE: dict[str, dict[str, Any]] = {
     "tp2×ep2": {"tp": 2, "ep": 2},
     "tp2+sp×ep2": {"tp": 2, "ep": 2, "sequence_parallel": True},
