@@ -126,7 +126,8 @@ def _rows(x_ND: Tensor, index: Tensor, beyond: bool) -> Tensor:
 
 def _each(y_PD: Tensor, to: Assignments) -> Tensor:
     """The row of every assignment, NkD."""
-    return _rows(y_PD, to.row.flatten(), to.dropped).unflatten(0, to.row.shape)
+    y_NkD: Tensor = _rows(y_PD, to.row.flatten(), to.dropped).unflatten(0, to.row.shape)
+    return y_NkD
 
 
 def _range(like: Tensor) -> Tensor:

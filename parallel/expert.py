@@ -103,7 +103,8 @@ class _Slots(_Exchanged):
     def back(self, y: Tensor) -> Tensor:
         y_PD = super().back(y.flatten(0, 1))
         experts = len(self.count_E) * self.by.size
-        return y_PD.unflatten(0, (experts, len(y_PD) // experts))
+        y_ECD: Tensor = y_PD.unflatten(0, (experts, len(y_PD) // experts))
+        return y_ECD
 
 
 class AllToAll(Function):
