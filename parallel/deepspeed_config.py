@@ -57,7 +57,7 @@ def check(layout: Layout, config: ParallelConfig, offload: Offload) -> None:
             f"{where}.offload_parameters: below zero_stage 3 every rank computes with parameters "
             "that stay where they are; use parallel.zero_stage=3"
         )
-    if "nvme" in (offload.optimizer, offload.parameters):
+    if offload.optimizer == "nvme":
         _check_nvme(where, stage, offload)
     elif offload.nvme_path is not None:
         raise UserError(f"{where}.nvme_path: nothing is offloaded to nvme; remove it")

@@ -7,7 +7,7 @@ context parallelism work through the leaf operations, here on plain local tensor
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,12 @@ from model.roles import Role, roles
 from parallel.check import check_model
 from parallel.config import ParallelConfig
 from parallel.deepspeed_config import Offload, Place, check, settings
+from parallel.deepspeed_disk import OnDisk
 from parallel.deepspeed_groups import EXPERTS, Places, announce_experts, groups_for
 from parallel.deepspeed_modules import Entry, Runs, gather_whole_blocks, show_streams
 from parallel.deepspeed_optimizer import ZeroOptimizer, adamw
 from parallel.deepspeed_package import join_alone, missing_for_nvme, package
-from parallel.deepspeed_parts import Part, forget, parts, publish
+from parallel.deepspeed_parts import Part, forget, parts, publish, scale_by
 from parallel.divisors import add, divisors, known_before, root
 from parallel.engine import LossFunction, Precision, Recompute, Sums
 from parallel.fragment import Fragment
@@ -45,7 +46,7 @@ class DeepSpeedEngine(NativeEngine):
     Args:
         offload_optimizer: where AdamW's moments and fp32 weights are kept and stepped.
         offload_parameters: where ZeRO-3 keeps its parts of the parameters between uses.
-        nvme_path: a folder on the NVMe disk to offload to.
+        nvme_path: a folder on the NVMe disk for what is offloaded to it.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class DeepSpeedEngine(NativeEngine):
         config: ParallelConfig | None = None,
         *,
         offload_optimizer: Place = "none",
-        offload_parameters: Place = "none",
+        offload_parameters: Literal["none", "cpu"] = "none",
         nvme_path: str | None = None,
     ):
         config = config or ParallelConfig(engine="deepspeed")
@@ -209,13 +210,22 @@ class DeepSpeedEngine(NativeEngine):
         return held
 
     def _finish(self, sums: Sums, known: Sums | None) -> None:
-        gradients = self._gradients()
-        if self._partial and self._groups.tensor is not None:
+        gradients, tensor = self._gradients(), self._groups.tensor
+        if self._partial and tensor is not None:
             named = [value for name, value in gradients.items() if name in self._partial]
-            sum_over(named, self._groups.tensor)
+            sum_over(named, tensor)
+            for disk, name in self._on_disk():
+                if name in self._partial:
+                    disk.edit_gradient(name, lambda value: sum_over([value], tensor))
         if known is None:
-            count = divisors(sums, self.total)["count"]
-            scale(list(gradients.values()), 1.0 / count)
+            factor = 1.0 / divisors(sums, self.total)["count"]
+            scale(list(gradients.values()), factor)
+            for disk, name in self._on_disk():
+                disk.edit_gradient(name, lambda value: scale([value], factor))
+
+    def _on_disk(self) -> list[tuple[OnDisk, str]]:
+        """What has its gradient and its state on a disk."""
+        return [(part.disk, name) for name, part in self._parts.items() if part.disk is not None]
 
     def _gradients(self) -> dict[str, Tensor]:
         """This rank's part of every gradient; views of what DeepSpeed steps with."""
@@ -244,12 +254,17 @@ class DeepSpeedEngine(NativeEngine):
             by_copies.setdefault(self._holders(name), []).append(value)
         for copies, held in by_copies.items():
             total += squares(held, self.device) / copies
+        for disk, name in self._on_disk():
+            total += disk.squares(name).to(total.device) / self._holders(name)
         if self.layout.world > 1:
             dist.all_reduce(total)
         norm = total.sqrt().float()
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            scale(list(gradients.values()), factor)
+            if self._on_disk():
+                scale_by(self._engine, float(factor))
+            else:
+                scale(list(gradients.values()), factor)
         return norm
 
     @torch.no_grad()
@@ -263,7 +278,7 @@ class DeepSpeedEngine(NativeEngine):
     def _cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that is laid out like a parameter."""
         part, flat = self._parts[name], boxed(whole, self._roles[name], self.layout).reshape(-1)
-        return flat.narrow(0, part.start, part.weight.numel())
+        return flat.narrow(0, part.start, part.count)
 
     def _holders(self, name: str) -> int:
         """How many ranks of the job hold the same part of a parameter."""
@@ -282,7 +297,10 @@ class DeepSpeedEngine(NativeEngine):
 
     def model_state(self) -> dict[str, Any]:
         self._started()
-        return {name: self._shown(name, part.weight) for name, part in self._parts.items()}
+        weights = {name: part.weight for name, part in self._parts.items()}
+        for disk in {disk for disk, _ in self._on_disk()}:
+            weights |= {name: held["weight"] for name, held in disk.read("weight").items()}
+        return {name: self._shown(name, weight) for name, weight in weights.items()}
 
     @torch.no_grad()
     def load_model_state(self, state: dict[str, Any]) -> None:
@@ -291,6 +309,7 @@ class DeepSpeedEngine(NativeEngine):
             odd = sorted(state.keys() ^ self._roles.keys())[0]
             where = "is not in the model" if odd in state else "is missing"
             raise UserError(f"model state: '{odd}' {where}{hint(odd, self._roles)}")
+        on_disk: dict[OnDisk, dict[str, dict[str, Tensor]]] = {}
         for name, part in self._parts.items():
             value, shape = state[name], self._shapes[name]
             if value.shape != shape:
@@ -300,8 +319,13 @@ class DeepSpeedEngine(NativeEngine):
                 )
             if isinstance(value, DTensor):
                 value = value.full_tensor()
-            if not isinstance(value, Fragment):  # those of `model_state` share our memory
-                part.weight.copy_(self._cut(name, value))
+            flat = value.flat() if isinstance(value, Fragment) else self._cut(name, value)
+            if part.disk is not None:
+                on_disk.setdefault(part.disk, {})[name] = {"weight": flat}
+            elif not isinstance(value, Fragment):  # those of `model_state` share our memory
+                part.weight.copy_(flat)
+        for disk, held in on_disk.items():
+            disk.write(held)
         publish(self._engine, self.stage)
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.registry import PartConfig
-from parallel.deepspeed_parts import Part
+from parallel.deepspeed_disk import MOMENTS
+from parallel.deepspeed_parts import Part, scale_by
 
 
 def adamw(spec: PartConfig) -> dict[str, Any]:
@@ -47,30 +48,39 @@ class ZeroOptimizer:
     ):
         self.engine, self.lr, self.shown = engine, lr, shown
         self.parts = {name: part for name, part in parts.items() if part.state}
+        self.disks = {part.disk for part in parts.values() if part.disk is not None}
 
     def step(self, factor: float) -> None:
         """One update, at `factor` of the peak learning rate; drops the gradients."""
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = self.lr * factor
         self.engine.step()
+        if self.disks:
+            scale_by(self.engine, 1.0)
         assert self.engine.was_step_applied(), "the loop has seen that the gradient is finite"
 
     def zero_grad(self) -> None:
         """Nothing is left to drop after a step."""
 
     def state(self) -> dict[str, Any]:
-        """The state under logical names; moments share memory with DeepSpeed's, counts do not."""
+        """The state under logical names; moments share memory with DeepSpeed's, if they are there.
+
+        Counts of steps, and moments that are on a disk, are copies.
+        """
+        moments = {name: part.state for name, part in self.parts.items()}
+        for disk in self.disks:
+            moments |= disk.read(*MOMENTS)
         return {
             name: {
-                key: value.clone() if key == "step" else self.shown(name, value)
-                for key, value in part.state.items()
+                "step": part.state["step"].clone(),
+                **{key: self.shown(name, moments[name][key]) for key in MOMENTS},
             }
             for name, part in self.parts.items()
         }
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a state that was filled in place: the counts of steps.
+        """Take over a state that was filled in place: what in it are copies.
 
         Raises:
             UserError: if parameters of one group have taken different numbers of steps.
@@ -86,3 +96,5 @@ class ZeroOptimizer:
                     "parallel.engine=native"
                 )
             held.copy_(loaded)
+        for disk in self.disks:
+            disk.write({n: {key: state[n][key].flat() for key in MOMENTS} for n in disk.held})

@@ -58,5 +58,6 @@ def missing_for_nvme() -> str | None:
     if AsyncIOBuilder().is_compatible(verbose=False):
         return None
     return (
-        "DeepSpeed's asynchronous reads need libaio (on Debian and Ubuntu: apt install libaio-dev)"
+        "DeepSpeed's asynchronous reads need libaio, its header and a C++ compiler (on Debian and "
+        "Ubuntu: apt install libaio-dev g++)"
     )

@@ -86,6 +86,11 @@ class Fragment(torch.Tensor):
             done += values.numel()
         return cls(shape, parts, flat.dtype)
 
+    def flat(self) -> Tensor:
+        """The stretch that a fragment was made `of`: its boxes, one behind another."""
+        flats = [values.reshape(-1) for _, values in self.parts]
+        return torch.cat(flats) if flats else torch.empty(0, dtype=self.dtype)
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """What torch.distributed.checkpoint is to read into this tensor."""
         return [

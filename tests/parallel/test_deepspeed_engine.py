@@ -87,6 +87,12 @@ def test_recomputed(ranks: Ranks, stage: int, recompute: str) -> None:
     check_step(ranks, at(stage), config("experts"), micro_batches=1, recompute=recompute)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_compiled(ranks: Ranks, stage: int) -> None:
+    check_step(ranks, at(stage), config("llama"), micro_batches=1, compile=True)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
 def test_beside_tensor_parallelism(ranks: Ranks, stage: int, sequence_parallel: bool) -> None:
@@ -104,23 +110,23 @@ def test_beside_context_parallelism(ranks: Ranks, stage: int) -> None:
     check_step(ranks, at(stage, cp=2), config("llama"), micro_batches=1)
 
 
+PRODUCTS: list[dict[str, Any]] = [
+    {"replicate": 2, "fsdp": 2},
+    {"tp": 2, "fsdp": 2, "sequence_parallel": True},
+    {"cp": 2, "tp": 2},
+    {"tp": 2, "ep": 2, "fsdp": 1},
+    {"ep": 2, "fsdp": 2},
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"replicate": 2, "fsdp": 2},
-        {"tp": 2, "fsdp": 2, "sequence_parallel": True},
-        {"tp": 2, "ep": 2, "fsdp": 1},
-        {"ep": 2, "fsdp": 2},
-        {"cp": 2, "tp": 2},
-    ],
-    ids=str,
+    "parallel",
+    [at(stage, **axes) for stage in STAGES for axes in PRODUCTS if stage < 3 or "ep" not in axes],
+    ids=lambda parallel: str({key: parallel[key] for key in parallel if key != "engine"}),
 )
-@pytest.mark.parametrize("stage", STAGES)
-def test_products_of_axes(four_ranks: Ranks, stage: int, options: dict[str, Any]) -> None:
-    if stage == 3 and "ep" in options:
-        pytest.skip("refused; see test_refused")
-    check_step(four_ranks, at(stage, **options), config("experts"), micro_batches=1)
+def test_products_of_axes(four_ranks: Ranks, parallel: dict[str, Any]) -> None:
+    check_step(four_ranks, parallel, config("experts"), micro_batches=1)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -164,6 +170,35 @@ def test_offload_changes_nothing(ranks: Ranks, parallel: dict[str, Any]) -> None
     steps = batches(3)
     wanted = ranks.run(zero.losses, at(parallel["zero_stage"]), config("llama"), steps, 2)
     assert ranks.run(zero.losses, parallel, config("llama"), steps, 2) == wanted
+
+
+@pytest.mark.slow
+def test_offload_to_nvme(ranks: Ranks, tmp_path: Path) -> None:
+    """Where DeepSpeed can build its reader; flat tensors of a megabyte and more go to the disk."""
+    missing = ranks.run(zero.missing_for_nvme)[0]
+    if missing is not None:
+        with pytest.raises(UserError, match="libaio"):
+            ranks.run(zero.losses, at(3, on_disk(tmp_path)), config("llama"), [])
+        pytest.skip(missing)
+    model = {**config("llama"), "dim": 128, "depth": 4}
+    steps, disk = batches(6), at(3, on_disk(tmp_path))
+    wanted = ranks.run(zero.losses, at(3), model, steps, 2)[0]
+    answers = ranks.run(zero.resumed, tmp_path, disk, model, steps, 2, timeout=600)
+    for unbroken, broken in answers:
+        assert unbroken == pytest.approx(wanted, rel=1e-6)
+        assert broken == unbroken
+    assert max(path.stat().st_size for path in tmp_path.rglob("*.swp")) >= 2**20
+    route = [NATIVE, disk, {"engine": "native", "tp": 2}]
+    for held in ranks.run(zero.moved, tmp_path, model, batch(), route):
+        for values in held[1:]:
+            assert all(torch.equal(value, held[0][name]) for name, value in values.items())
+    wanted = ranks.run(zero.losses, at(3, tp=2), model, steps)[0]
+    found = ranks.run(zero.losses, {**disk, "tp": 2}, model, steps)[0]
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def on_disk(folder: Path) -> dict[str, str]:
+    return {"offload_optimizer": "nvme", "nvme_path": str(folder)}
 
 
 def test_checkpoints_move_without_loss(ranks: Ranks, tmp_path: Path) -> None:

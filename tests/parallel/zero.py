@@ -15,6 +15,8 @@ from core.registry import build, resolve
 from evaluation.contracts.parity import Loss, Measured, on_meta, share, whole, world
 from model.output import Batch
 from parallel.config import ParallelConfig
+from parallel.deepspeed_package import missing_for_nvme as missing
+from parallel.deepspeed_package import package
 from parallel.engine import Sums
 from parallel.fragment import Fragment
 from parallel.layout import Layout
@@ -150,6 +152,11 @@ def measure(
     )
 
 
+def missing_for_nvme() -> str | None:
+    package(torch.device("cpu"))
+    return missing()
+
+
 def asked_for(parallel: dict[str, Any], config: Any, optimizer: str) -> None:
     options = ParallelConfig(**parallel)
     layout = Layout.of(options, *world())
@@ -194,14 +201,18 @@ def trained(
 
 
 def resumed(
-    folder: Path, parallel: dict[str, Any], config: Any, batches: list[Batch]
+    folder: Path,
+    parallel: dict[str, Any],
+    config: Any,
+    batches: list[Batch],
+    micro_batches: int = 1,
 ) -> tuple[list[float], list[float]]:
     """The losses of an unbroken run, and of one that stops halfway and starts again."""
-    unbroken = losses(parallel, config, batches)
+    unbroken = losses(parallel, config, batches, micro_batches)
     half = len(batches) // 2
     first = Run(parallel, config)
-    seen = first.train(batches[:half])
+    seen = first.train(batches[:half], micro_batches)
     first.save(folder)
     second = Run(parallel, config, seed=1)
     second.load(folder)
-    return unbroken, seen + second.train(batches[half:])
+    return unbroken, seen + second.train(batches[half:], micro_batches)
