@@ -99,6 +99,11 @@ def micro_batches(config: RunConfig, layout: Layout) -> tuple[int, int]:
 
 def planned(config: RunConfig, gpus: int, gpu: Gpu, counted: Count) -> Estimate:
     """Build the config's layout and judge it; of a pipeline its first and last rank."""
+    if config.parallel.engine.name != "native":
+        raise UserError(
+            f"parallel.engine: a plan builds the native engine; '{config.parallel.engine.name}' "
+            "shares out memory in its own ways; plan with parallel.engine=native"
+        )
     base = Layout.of(config.parallel, gpus)
     size, number = micro_batches(config, base)
     stage = gpus // base.pp

@@ -6,10 +6,14 @@ shapes but no memory; the model, its sharding and its messages are the ones that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.registry import build
@@ -19,6 +23,7 @@ from launcher.plans.fake import StepLoss, empty_batch, fake_ranks
 from launcher.plans.stages import borders, tell
 from launcher.plans.trace import Trace
 from model.zoo import build_model
+from parallel import native
 from parallel.gradients import local
 from parallel.layout import Layout
 from parallel.native import NativeEngine
@@ -73,7 +78,7 @@ def measure(config: RunConfig, layout: Layout, micro_batch: int, micro_batches: 
         UserError: if the model cannot run under the layout.
     """
     known = borders(config, layout, micro_batch) if layout.pp > 1 else []
-    with fake_ranks(layout.world, layout.rank):
+    with fake_ranks(layout.world, layout.rank), _replicas_that_need_no_values():
         with torch.device("meta"):
             model = build_model(config.model)
         engine = NativeEngine(layout, torch.device("cpu"), config.parallel)
@@ -101,6 +106,24 @@ def measure(config: RunConfig, layout: Layout, micro_batch: int, micro_batches: 
         some = few.get(key, [0.0, 0.0, 0.0])
         cost.messages[key] = [a + times * (b - a) for a, b in zip(some, more, strict=True)]
     return cost
+
+
+@contextmanager
+def _replicas_that_need_no_values() -> Iterator[None]:
+    """DDP is set up by values; inside, gradients of replicas are summed as its buckets would be."""
+
+    def summed(model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> nn.Module:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=group)
+        return model
+
+    engine: Any = native
+    original, engine.first_reduction = engine.first_reduction, summed
+    try:
+        yield
+    finally:
+        engine.first_reduction = original
 
 
 def _round(config: RunConfig, layout: Layout) -> int:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from model.dispatch import Dispatch, Journey
 from model.leaves import leaves
+from model.operations import Operations
 
 
 def even_experts(model: nn.Module) -> None:
-    """Let every dispatch of a bound model read even counts, whatever the routing."""
+    """Let every dispatch of a model read even counts, whatever the routing.
+
+    The model's leaves get operations of their own: those of one process are everybody's.
+    """
+    own: dict[int, Operations] = {}
     for _, leaf in leaves(model):
-        if not hasattr(leaf.ops.dispatch, "even"):
-            leaf.ops.dispatch = _even(leaf.ops.dispatch)
+        held = leaf.ops
+        if id(held) not in own:
+            own[id(held)] = copy.copy(held)
+            own[id(held)].dispatch = _even(held.dispatch)
+        leaf.ops = own[id(held)]
 
 
 def _even(dispatch: Dispatch) -> Dispatch:
@@ -22,7 +31,6 @@ def _even(dispatch: Dispatch) -> Dispatch:
     kind: Any = type(dispatch)
 
     class Even(kind):  # type: ignore[misc]
-        even = True
         departing = 0
         """Rows that are about to leave; they are counted twice, by rank sent to and got from."""
         travelling = 0

@@ -19,6 +19,8 @@ from launcher.config import RunConfig
 from launcher.plan import plan
 from launcher.plans.estimate import members, send_rate
 from launcher.plans.gpus import GPUS, gpu_named
+from model.dispatch import LOCAL_DISPATCH
+from model.operations import LOCAL
 from parallel.layout import Layout
 
 ROOT = Path(__file__).parents[3]
@@ -61,6 +63,19 @@ def test_the_search_prints_layouts_that_fit(tmp_path: Path) -> None:
     assert len({json.dumps(each["layout"]) for each in found}) == len(found)
 
 
+def test_replicas_send_every_gradient_once(tmp_path: Path) -> None:
+    (found,) = planned(tmp_path, gpus=2, replicate=2, fsdp=1)
+    rank = found["ranks"][0]
+    (sums,) = [m for m in rank["messages"] if m["bytes"] > 4096]
+    assert (sums["axis"], sums["operation"]) == ("replicate", "all_reduce")
+    assert rank["gradients"] <= sums["bytes"] <= rank["gradients"] + 8192
+
+
+def test_a_plan_leaves_other_models_alone(tmp_path: Path) -> None:
+    planned(tmp_path, layout="auto", gpus=2)
+    assert LOCAL.dispatch is LOCAL_DISPATCH
+
+
 @pytest.mark.parametrize(
     ("gpus", "gpu", "layout", "changes", "message"),
     [
@@ -70,6 +85,7 @@ def test_the_search_prints_layouts_that_fit(tmp_path: Path) -> None:
         (8, "h100", "config", ["train.global_batch=63"], "the nearest that works is 64"),
         (8, "h100", "config", ["model.vocab=from_tokenizer", "data.tokenizer=bytes"], "vocab"),
         (16, "h100", "config", ["parallel.tp=16", "parallel.fsdp=1"], "parallel.tp: 16"),
+        (8, "h100", "config", ["parallel.engine=megatron"], "plan with parallel.engine=native"),
     ],
 )
 def test_mistakes(
