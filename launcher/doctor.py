@@ -25,7 +25,7 @@ class Package:
 
 OPTIONAL = [
     Package("deepspeed", "deepspeed", "the deepspeed engine: ZeRO 1-3, CPU and NVMe offload"),
-    Package("megatron-core", "megatron", "the megatron engine: its tensor-parallel layers, loss and DDP"),
+    Package("megatron-core", "megatron", "the megatron engine: its layers, loss and DDP"),
     Package("flash-attn", "gpu", "attention backend flash on NVIDIA GPUs"),
     Package("liger-kernel", "gpu", "fused losses, norms and gated feed-forwards on GPUs"),
     Package("torchao", "gpu", "fp8 training and quantisation"),
