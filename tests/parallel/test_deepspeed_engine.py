@@ -5,6 +5,7 @@ What runs on the ranks is in `zero.py`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from model.output import Batch
 from model.zoo import build_model
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
+from tests.launcher.command import manyforms, write_tiny
 from tests.parallel import zero
 from tests.parallel.test_parity import BLOCKS, batch, config
 
@@ -270,3 +272,36 @@ def test_without_the_package_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     options = ParallelConfig(engine="deepspeed")
     with pytest.raises(UserError, match=r"pip install 'manyforms\[deepspeed\]'"):
         options.engine.build(layout=Layout(), device=torch.device("cpu"), config=options)
+
+
+def trained_losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_engine(tmp_path: Path) -> None:
+    """By the command: native; and deepspeed, then native, then deepspeed; the same losses."""
+    tiny = write_tiny(tmp_path)
+    alone, moved, constant = tmp_path / "alone", tmp_path / "moved", "train.schedule=constant"
+    code, _, said = manyforms("train", tiny, f"run.dir={alone}", constant, "--nproc", 2)
+    assert code == 0, said
+    deepspeed = ("parallel.engine=deepspeed", "parallel.zero_stage=3")
+    native = ("parallel.engine=native", "parallel.zero_stage=2")
+    code, _, said = manyforms(
+        "train", tiny, f"run.dir={moved}", *deepspeed, "train.steps=2", constant, "--nproc", 2
+    )
+    assert code == 0, said
+    for engine, steps in ((native, 4), (deepspeed, 6)):
+        code, _, said = manyforms("resume", moved, *engine, f"train.steps={steps}", "--nproc", 2)
+        assert code == 0, said
+    assert trained_losses(moved) == pytest.approx(trained_losses(alone), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path)
+    for option in ("train.ema=0.9", "parallel.keep_gathered=true"):
+        code, _, said = manyforms("train", tiny, "parallel.engine=deepspeed", option, "--nproc", 2)
+        assert code == 2 and option.partition("=")[0] in said, said
+        assert len(said.strip().splitlines()) == 1, said
