@@ -23,7 +23,8 @@ class Part(nn.Module):
 def test_begins_before_and_ends_after_every_step():
     """Breaks if a resumed run begins at step 0, or a step is begun twice."""
     part = Part()
-    trainer = SimpleNamespace(engine=SimpleNamespace(model=nn.Sequential(part)), step=5)
+    engine = SimpleNamespace(model=nn.Sequential(part), add=lambda p, change: p.add_(change))
+    trainer = SimpleNamespace(engine=engine, step=5)
     stepped = Stepped(seed=7)
     stepped.start(trainer)
     for _ in range(2):
