@@ -25,6 +25,10 @@ differs by a factor.
 """
 
 
+STEPS = 3
+"""Optimizer steps over which the losses are compared too."""
+
+
 @dataclass(frozen=True)
 class Contract:
     """A layout to compare with one process. `needs` are the names a mechanism may declare.
@@ -86,7 +90,8 @@ def concerns(name: str, subject: Probe) -> bool:
 
 
 def prove(name: str, subject: Probe, ranks: Ranks | None, plugins: tuple[str, ...] = ()) -> None:
-    """Compare a layout with one process: losses, every gradient, the gradients' global norm.
+    """Compare a layout with one process: losses, also behind three optimizer steps, every gradient,
+    the gradients' global norm.
 
     Raises:
         AssertionError: with what differs.
@@ -102,6 +107,7 @@ def prove(name: str, subject: Probe, ranks: Ranks | None, plugins: tuple[str, ..
         prepare={"recompute": contract.recompute},
         micro_batches=contract.micro_batches,
         stirred=True,
+        steps=STEPS,
     )[name]
     assert found.worst <= TOLERANCE, f"relative errors against one process: {found}"
 

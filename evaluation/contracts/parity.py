@@ -11,7 +11,7 @@ the mathematics of softmax, and what is left of it is rounding).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from model.zoo import build_model
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.native import NativeEngine
+from training.optimizers.adamw import AdamW
 
 FLOOR = 1e-2
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -61,6 +62,8 @@ class Errors:
     output: float
     gradients: dict[str, float]
     norm: float
+    loss: float = 0.0
+    """Of the losses before and behind each optimizer step."""
 
     @property
     def gradient(self) -> float:
@@ -68,12 +71,13 @@ class Errors:
 
     @property
     def worst(self) -> float:
-        return max(self.output, self.gradient, self.norm)
+        return max(self.output, self.gradient, self.norm, self.loss)
 
     def __str__(self) -> str:
         name = max(self.gradients, key=lambda key: self.gradients[key])
         return (
-            f"output {self.output:.1e}, gradient {self.gradient:.1e} ({name}), norm {self.norm:.1e}"
+            f"output {self.output:.1e}, gradient {self.gradient:.1e} ({name}), "
+            f"norm {self.norm:.1e}, losses {self.loss:.1e}"
         )
 
 
@@ -122,8 +126,9 @@ def single(
     stirred: bool = False,
     micro_batches: int = 1,
     data_size: int = 1,
+    steps: int = 0,
 ) -> Measured:
-    """The plain model on one process.
+    """The plain model on one process, and its losses over so many optimizer steps.
 
     Micro-batches are those of `data_size` ranks, whose shares they cut: what is counted over a
     micro-batch, as the experts' load is, depends on it.
@@ -132,14 +137,19 @@ def single(
     model.train()
     loss = Loss()
     counts = loss.counts(batch)
-    total = 0.0
-    for part in _micro_batches(batch, micro_batches, data_size):
-        sums = loss(model, part)
-        root = sums["loss"] / counts["count"]
-        if "auxiliary" in sums:
-            root = root + sums["auxiliary"] / counts["samples"]
-        root.backward()
-        total += float(root.detach())
+
+    def backward() -> float:
+        total = 0.0
+        for part in _micro_batches(batch, micro_batches, data_size):
+            sums = loss(model, part)
+            root = sums["loss"] / counts["count"]
+            if "auxiliary" in sums:
+                root = root + sums["auxiliary"] / counts["samples"]
+            root.backward()
+            total += float(root.detach())
+        return total
+
+    losses = [backward()]
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
@@ -148,7 +158,20 @@ def single(
     norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
     shares = [output.chunk(data_size) for output in loss.outputs]
     output = torch.cat([part[rank] for rank in range(data_size) for part in shares])
-    return Measured(output, gradients, norm.float(), [total])
+    measured = Measured(output, {n: g.clone() for n, g in gradients.items()}, norm.float(), losses)
+    if steps:
+        losses += _steps(model, steps, backward)
+    return measured
+
+
+def _steps(model: nn.Module, steps: int, backward: Callable[[], float]) -> Iterator[float]:
+    """The loss behind each of so many optimizer steps; gradients of the first are there."""
+    # What is zero but for rounding is below this epsilon, and moves nothing.
+    optimizer = AdamW(model, lr=1e-3, eps=1e-4)
+    for _ in range(steps):
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+        yield backward()
 
 
 def _micro_batches(batch: Batch, count: int, data_size: int) -> Iterator[Batch]:
@@ -199,6 +222,7 @@ def measure(
     micro_batches: int = 1,
     prepare: dict[str, Any] | None = None,
     stirred: bool = False,
+    steps: int = 0,
 ) -> tuple[Layout, Measured]:
     """On a rank: its place, and what the engine gave."""
     engine = start(layout, config, seed=seed, **(prepare or {}))
@@ -206,15 +230,26 @@ def measure(
         values = filled(config, seed, True).named_parameters()
         engine.load_model_state({name: value.detach() for name, value in values})
     loss = Loss()
-    engine.forward_backward(share(engine, batch, micro_batches), loss)
+    batches = share(engine, batch, micro_batches)
+
+    def backward() -> float:
+        sums = engine.forward_backward(batches, loss)
+        total = engine.total(sums["loss"]) / engine.total(sums["count"])
+        if "auxiliary" in sums:
+            total = total + engine.total(sums["auxiliary"]) / engine.total(sums["samples"])
+        return float(total)
+
+    losses = [backward()]
     norm = engine.clip_gradients(None)
     gradients = {
-        name: whole(parameter.grad)
+        name: whole(parameter.grad).clone()
         for name, parameter in engine.model.named_parameters()
         if parameter.grad is not None
     }
     output = torch.cat(loss.outputs) if loss.outputs else torch.empty(0)
-    return engine.layout, Measured(output, gradients, norm)
+    if steps:
+        losses += _steps(engine.model, steps, backward)
+    return engine.layout, Measured(output, gradients, norm, losses)
 
 
 def errors(got: Measured, wanted: Measured) -> Errors:
@@ -228,7 +263,9 @@ def errors(got: Measured, wanted: Measured) -> Errors:
     }
     output = (got.output - wanted.output).abs().max() / wanted.output.abs().max()
     norm = (got.norm - wanted.norm).abs() / wanted.norm
-    return Errors(float(output), gradients, float(norm))
+    pairs = zip(got.losses, wanted.losses, strict=True) if got.losses else ()
+    loss = max((abs(a - b) / abs(b) for a, b in pairs), default=0.0)
+    return Errors(float(output), gradients, float(norm), loss)
 
 
 def compare(
@@ -241,6 +278,7 @@ def compare(
     micro_batches: int = 1,
     prepare: dict[str, Any] | None = None,
     stirred: bool = False,
+    steps: int = 0,
 ) -> dict[str, Errors]:
     """The errors of each layout, by its name, the worst of all its ranks.
 
@@ -251,6 +289,7 @@ def compare(
         prepare: further arguments of `Engine.prepare`.
         stirred: move every parameter off its first value.
         ranks: the pool; None runs the engine on this process alone.
+        steps: also compare the losses over so many optimizer steps.
     """
     found: dict[str, Errors] = {}
     references: dict[int, Measured] = {}
@@ -265,9 +304,10 @@ def compare(
                 stirred=stirred,
                 micro_batches=micro_batches,
                 data_size=data,
+                steps=steps,
             )
         wanted = references[data]
-        asked = (layout, config, batch, seed, micro_batches, prepare, stirred)
+        asked = (layout, config, batch, seed, micro_batches, prepare, stirred, steps)
         answers = ranks.run(measure, *asked) if ranks is not None else [measure(*asked)]
         worst = [errors(each, wanted) for each in _models(answers)]
         found[name] = max(worst, key=lambda each: each.worst)
@@ -297,4 +337,4 @@ def _models(answers: list[tuple[Layout, Measured]]) -> Iterator[Measured]:
                     assert name not in gradients or gradients[name].equal(value), name
                     gradients[name] = value
             for part in parts:
-                yield Measured(output, gradients, part.norm)
+                yield Measured(output, gradients, part.norm, part.losses)
