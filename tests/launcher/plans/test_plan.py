@@ -117,7 +117,7 @@ def test_gpus_are_in_bytes_and_seconds() -> None:
 def test_16384_gpus_in_a_minute_and_4_gib(name: str) -> None:
     path = f"configs/plans/{name}.yaml"
     started = time.monotonic()
-    command = [sys.executable, "-m", "launcher", "plan", path, "--gpus", "16384"]
+    command = [sys.executable, "-m", "launcher.cli", "plan", path, "--gpus", "16384"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     seconds = time.monotonic() - started
     assert ended.returncode == 0, ended.stderr
