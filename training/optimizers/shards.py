@@ -33,6 +33,10 @@ class Shard:
             assert isinstance(self.parameter, DTensor)
             assert gradient.placements == self.parameter.placements, self.name
             gradient = local_part(gradient)
+        if gradient is not None and gradient.stride() != self.local.stride():
+            # A pipeline's backward pass in halves may leave a transposed one, and fused updates
+            # read both tensors in the order of memory.
+            gradient = torch.empty_like(self.local).copy_(gradient)
         self.local.grad = gradient
 
     @property
